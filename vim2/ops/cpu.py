@@ -1,0 +1,892 @@
+"""The selective scan on CPUs: fused forward and backward kernels in Numba, on torch's own threads.
+
+A job is one image and a range of blocks of 16 channels. It walks the scan in chunks of `CHUNK` steps; in each it reads
+the chunk's B and C once and then, block by block, keeps four states of 16 channels in registers while it steps through
+the chunk. Any strides are read in place: the inputs of a chunk are gathered into a tile of 2 KB, at the positions that
+the scan direction visits. The state never reaches memory but at the chunks' borders, from which the backward starts
+again. All sums have an order that depends on the shapes alone, so results do not depend on the number of threads.
+
+Importing this module imports Numba; compiling takes seconds, once per machine (Numba caches the result on disk).
+"""
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import List, Optional, Tuple
+
+import numpy as np
+import torch
+from numba import cfunc, njit, types
+from torch import Tensor
+
+from .scan import CHUNK, channel_blocks, states_shape
+from .simd import (
+    F32, LANES, VBYTES, copy4, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64,
+    transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vfma, vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset,
+    vstore, vstore_as, vsub, vsum,
+)
+
+LOG2E = np.float32(1.4426950408889634)
+LN2 = np.float32(0.6931471805599453)
+ZERO, ONE = np.float32(0), np.float32(1)
+TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
+OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
+
+# The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
+(NEXT_JOB, NEXT_WORKER, JOBS, BATCH, DIRECTIONS, DIM, STATES, HEIGHT, WIDTH, GROUP_WIDTH, GROUP_BLOCKS, BLOCKS, PARTS,
+ SOFTPLUS, SCRATCH, SCRATCH_SIZE, SAVED, ORDER) = (8 * i for i in range(18))
+FIELDS = 18 + 4  # ORDER holds up to four scan directions
+ADDRESS, DTYPE, STRIDE_B, STRIDE_K, STRIDE_G, STRIDE_E, STRIDE_N, STRIDE_H, STRIDE_W, STRIDE_PART = (
+    8 * i for i in range(10))
+_TENSORS = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'bias', 'out', 'last', 'grad_out', 'grad_last', 'grad_u',
+            'grad_delta', 'grad_z', 'grad_A', 'grad_B', 'grad_C', 'grad_D', 'grad_bias')
+(U, DELTA, A_, B_, C_, D_, Z, BIAS, OUT, LAST, G_OUT, G_LAST, G_U, G_DELTA, G_Z, G_A, G_B, G_C, G_D, G_BIAS) = (
+    8 * (FIELDS + 10 * i) for i in range(len(_TENSORS)))
+_AXES = {'b': STRIDE_B, 'k': STRIDE_K, 'g': STRIDE_G, 'e': STRIDE_E, 'n': STRIDE_N, 'h': STRIDE_H, 'w': STRIDE_W,
+         'p': STRIDE_PART}
+_DTYPES = {torch.float32: F32, torch.bfloat16: 1, torch.float16: 2}
+
+_jit = njit(error_model='numpy', cache=True)
+
+
+@_jit
+def _positions(p, direction, start, steps, rows, columns):
+    """Rows and columns that a direction visits in `steps` steps from `start`."""
+    height, width = load_i64(p + HEIGHT), load_i64(p + WIDTH)
+    step = 1
+    if direction >= 2:
+        start = height * width - 1 - start
+        step = -1
+    inner = height if direction & 1 else width
+    outer = start // inner
+    i = start - outer * inner
+    for t in range(0, 8 * steps, 8):
+        if direction & 1:
+            store_i64(rows + t, i)
+            store_i64(columns + t, outer)
+        else:
+            store_i64(rows + t, outer)
+            store_i64(columns + t, i)
+        i += step
+        if i == inner:
+            i = 0
+            outer += 1
+        elif i < 0:
+            i = inner - 1
+            outer -= 1
+
+
+@_jit
+def _offsets(tensor, rows, columns, steps, offsets):
+    """Byte offsets of the visited positions in one tensor; then, one int64 more, how they follow one another.
+
+    That is 1 or -1 if every step moves by one float32 up or down in memory, else 0.
+    """
+    sh, sw = load_i64(tensor + STRIDE_H), load_i64(tensor + STRIDE_W)
+    last = load_i64(rows) * sh + load_i64(columns) * sw
+    store_i64(offsets, last)
+    up, down = steps > 1, steps > 1
+    for t in range(8, 8 * steps, 8):
+        offset = load_i64(rows + t) * sh + load_i64(columns + t) * sw
+        store_i64(offsets + t, offset)
+        up &= offset == last + 4
+        down &= offset == last - 4
+        last = offset
+    store_i64(offsets + 8 * CHUNK, 1 if up else -1 if down else 0)
+
+
+@_jit
+def _load_tile(tensor, origin, offsets, steps, lanes, tile):
+    """Gather (steps, 16 channels) into a float32 tile; lanes beyond `lanes` become 0."""
+    dtype, stride = load_i64(tensor + DTYPE), load_i64(tensor + STRIDE_E)
+    size = 4 if dtype == F32 else 2
+    if lanes == LANES and stride == size:
+        for t in range(steps):
+            vstore(tile + VBYTES * t, vload_as(dtype, origin + load_i64(offsets + 8 * t)))
+        return
+    run = load_i64(offsets + 8 * CHUNK)
+    done = 0
+    if lanes == LANES and dtype == F32 and run != 0:
+        # the scan itself runs along memory: read along it and transpose in registers
+        while done + LANES <= steps:
+            first = done if run > 0 else done + LANES - 1
+            transpose16(tile + VBYTES * first, run * VBYTES, origin + load_i64(offsets + 8 * first), stride)
+            done += LANES
+    for t in range(done, steps):
+        source = origin + load_i64(offsets + 8 * t)
+        target = tile + VBYTES * t
+        if dtype == F32:
+            for i in range(lanes):
+                store_f32(target + 4 * i, load_f32(source + i * stride))
+        else:
+            for i in range(lanes):
+                store_f32(target + 4 * i, load_as(dtype, source + i * stride))
+        for i in range(lanes, LANES):
+            store_f32(target + 4 * i, ZERO)
+
+
+@_jit
+def _view_tile(tensor, origin, offsets, steps, lanes, tile, identity):
+    """Where the (steps, 16 channels) of a tensor can be read as vectors: in place, or in a tile gathered for it.
+
+    Returns:
+        (base, offsets): step t is at base + offsets[t].
+    """
+    if lanes == LANES and load_i64(tensor + DTYPE) == F32 and load_i64(tensor + STRIDE_E) == 4:
+        return origin, offsets
+    _load_tile(tensor, origin, offsets, steps, lanes, tile)
+    return tile, identity
+
+
+@_jit
+def _store_tile(tensor, origin, offsets, steps, lanes, tile, accumulate):
+    """Scatter a float32 tile to where :func:`_load_tile` would have read it, or add it there."""
+    dtype, stride = load_i64(tensor + DTYPE), load_i64(tensor + STRIDE_E)
+    size = 4 if dtype == F32 else 2
+    if lanes == LANES and stride == size:
+        for t in range(steps):
+            target = origin + load_i64(offsets + 8 * t)
+            value = vload(tile + VBYTES * t)
+            if accumulate:
+                value = vadd(value, vload_as(dtype, target))
+            vstore_as(dtype, target, value)
+        return
+    run = load_i64(offsets + 8 * CHUNK)
+    done = 0
+    if lanes == LANES and dtype == F32 and run != 0 and not accumulate:
+        while done + LANES <= steps:
+            first = done if run > 0 else done + LANES - 1
+            transpose16(origin + load_i64(offsets + 8 * first), stride, tile + VBYTES * first, run * VBYTES)
+            done += LANES
+    for t in range(done, steps):
+        target = origin + load_i64(offsets + 8 * t)
+        source = tile + VBYTES * t
+        for i in range(lanes):
+            value = load_f32(source + 4 * i)
+            if accumulate:
+                value += load_as(dtype, target + i * stride)
+            store_as(dtype, target + i * stride, value)
+
+
+@_jit
+def _load_rows(tensor, origin, offsets, steps, states, rows):
+    """B or C of one chunk and group as (steps, states) float32."""
+    dtype, stride = load_i64(tensor + DTYPE), load_i64(tensor + STRIDE_N)
+    whole = states & ~3 if dtype == F32 and stride == 4 else 0
+    for t in range(steps):
+        source = origin + load_i64(offsets + 8 * t)
+        target = rows + 4 * states * t
+        for n in range(0, whole, 4):
+            copy4(target + 4 * n, source + 4 * n)
+        for n in range(whole, states):
+            store_f32(target + 4 * n, load_as(dtype, source + n * stride))
+
+
+@_jit
+def _load_lanes(tensor, origin, stride, lanes, target, scale):
+    """One float32 vector of up to 16 elements `stride` bytes apart, times `scale`; the rest 0."""
+    dtype = load_i64(tensor + DTYPE)
+    for i in range(LANES):
+        store_f32(target + 4 * i, load_as(dtype, origin + i * stride) * scale if i < lanes else ZERO)
+
+
+@_jit
+def _fill(target, count):
+    for i in range(count):
+        vstore(target + VBYTES * i, vset(ZERO))
+
+
+@njit(inline='always')
+def _softplus(x):
+    return vadd(vmax(x, vset(ZERO)), vlog1p(vexp2(vmul(vabs(x), vset(-LOG2E)))))
+
+
+@_jit
+def _softplus_tile(p, tile, bias, steps, slope):
+    """In place: delta (+ bias) becomes dt. If `slope` is an address, d dt / d delta goes there."""
+    b = vload(bias)
+    one, zero = vset(ONE), vset(ZERO)
+    softplus = load_i64(p + SOFTPLUS)
+    for t in range(steps):
+        x = vadd(vload(tile + VBYTES * t), b)
+        if softplus:
+            e = vexp2(vmul(vabs(x), vset(-LOG2E)))
+            if slope:
+                r = vdiv(one, vadd(one, e))
+                vstore(slope + VBYTES * t, vselect_negative(x, vmul(e, r), r))
+            x = vadd(vmax(x, zero), vlog1p(e))
+        vstore(tile + VBYTES * t, x)
+
+
+@_jit
+def _silu_tile(tile, steps, slope):
+    """In place: z becomes silu(z). If `slope` is an address, d silu / d z goes there."""
+    one = vset(ONE)
+    for t in range(steps):
+        x = vload(tile + VBYTES * t)
+        e = vexp2(vmul(vabs(x), vset(-LOG2E)))
+        r = vdiv(one, vadd(one, e))
+        gate = vselect_negative(x, vmul(e, r), r)
+        if slope:
+            vstore(slope + VBYTES * t, vmul(gate, vfma(x, vsub(one, gate), one)))
+        vstore(tile + VBYTES * t, vmul(x, gate))
+
+
+@_jit
+def _steps_forward(steps, states, dt, dtu, y, rows_b, rows_c, decay, h):
+    """The recurrence of one chunk and block: updates the states h (N, 16) and adds to y (steps, 16)."""
+    n = 0
+    while n + 4 <= states:
+        o = VBYTES * n
+        a0, a1 = vload(decay + o), vload(decay + o + VBYTES)
+        a2, a3 = vload(decay + o + 2 * VBYTES), vload(decay + o + 3 * VBYTES)
+        h0, h1 = vload(h + o), vload(h + o + VBYTES)
+        h2, h3 = vload(h + o + 2 * VBYTES), vload(h + o + 3 * VBYTES)
+        for t in range(steps):
+            d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            b, c = rows_b + 4 * (states * t + n), rows_c + 4 * (states * t + n)
+            h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(b)))
+            h1 = vfma(vexp2(vmul(d, a1)), h1, vmul(x, vbroadcast(b + 4)))
+            h2 = vfma(vexp2(vmul(d, a2)), h2, vmul(x, vbroadcast(b + 8)))
+            h3 = vfma(vexp2(vmul(d, a3)), h3, vmul(x, vbroadcast(b + 12)))
+            s = vfma(h1, vbroadcast(c + 4), vmul(h0, vbroadcast(c)))
+            s = vfma(h3, vbroadcast(c + 12), vfma(h2, vbroadcast(c + 8), s))
+            vstore(y + VBYTES * t, vadd(vload(y + VBYTES * t), s))
+        vstore(h + o, h0)
+        vstore(h + o + VBYTES, h1)
+        vstore(h + o + 2 * VBYTES, h2)
+        vstore(h + o + 3 * VBYTES, h3)
+        n += 4
+    while n < states:
+        a0, h0 = vload(decay + VBYTES * n), vload(h + VBYTES * n)
+        for t in range(steps):
+            d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + 4 * (states * t + n))))
+            vstore(y + VBYTES * t, vfma(h0, vbroadcast(rows_c + 4 * (states * t + n)), vload(y + VBYTES * t)))
+        vstore(h + VBYTES * n, h0)
+        n += 1
+
+
+@_jit
+def _load_constants(p, k, first, last, decay, skip, bias):
+    """A log2(e), D and delta_bias of a range of blocks as vectors of 16 channels (0 where absent)."""
+    states = load_i64(p + STATES)
+    width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
+    for block in range(first, last):
+        group = block // per_group
+        i = (block - group * per_group) * LANES
+        lanes = min(LANES, width - i)
+        channel = group * width + i
+        j = block - first
+        origin = load_i64(p + A_) + k * load_i64(p + A_ + STRIDE_K) + channel * load_i64(p + A_ + STRIDE_E)
+        for n in range(states):
+            _load_lanes(p + A_, origin + n * load_i64(p + A_ + STRIDE_N), load_i64(p + A_ + STRIDE_E), lanes,
+                        decay + VBYTES * (j * states + n), LOG2E)
+        for tensor, target in ((p + D_, skip), (p + BIAS, bias)):
+            stride = load_i64(tensor + STRIDE_E)
+            present = load_i64(tensor) != 0
+            _load_lanes(tensor, load_i64(tensor) + k * load_i64(tensor + STRIDE_K) + channel * stride, stride,
+                        lanes if present else 0, target + VBYTES * j, ONE)
+
+
+@_jit
+def _forward(p, worker):
+    jobs, parts, blocks = load_i64(p + JOBS), load_i64(p + PARTS), load_i64(p + BLOCKS)
+    directions, states = load_i64(p + DIRECTIONS), load_i64(p + STATES)
+    width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
+    dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
+    groups = dim // width
+    chunks = (length + CHUNK - 1) // CHUNK
+    u, delta, b_, c_, z, out = p + U, p + DELTA, p + B_, p + C_, p + Z, p + OUT
+    per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
+    part_blocks = (blocks + parts - 1) // parts
+
+    rows = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
+    columns = rows + OFFSETS
+    off_u, off_delta, off_out = rows + 2 * OFFSETS, rows + 3 * OFFSETS, rows + 4 * OFFSETS
+    off_b, off_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
+    identity = rows + 8 * OFFSETS
+    tile_u = rows + 9 * OFFSETS
+    tile_dt, tile_y = tile_u + TILE, tile_u + 2 * TILE
+    rows_b = tile_u + 3 * TILE
+    rows_c = rows_b + 4 * CHUNK * states
+    skip = rows_c + 4 * CHUNK * states
+    bias = skip + VBYTES * part_blocks
+    decay = bias + VBYTES * part_blocks
+    h = decay + VBYTES * part_blocks * states
+
+    softplus = load_i64(p + SOFTPLUS)
+    for t in range(CHUNK):
+        store_i64(identity + 8 * t, VBYTES * t)
+    while True:
+        job = fetch_add(p + NEXT_JOB)
+        if job >= jobs:
+            break
+        image = job // parts
+        first = (job - image * parts) * part_blocks
+        last = min(first + part_blocks, blocks)
+        for k in range(directions):
+            direction = load_i64(p + ORDER + 8 * k)
+            _load_constants(p, k, first, last, decay, skip, bias)
+            _fill(h, (last - first) * states)
+            for chunk in range(chunks):
+                steps = min(CHUNK, length - chunk * CHUNK)
+                _positions(p, direction, chunk * CHUNK, steps, rows, columns)
+                _offsets(u, rows, columns, steps, off_u)
+                _offsets(delta, rows, columns, steps, off_delta)
+                _offsets(out, rows, columns, steps, off_out)
+                _offsets(b_, rows, columns, steps, off_b)
+                _offsets(c_, rows, columns, steps, off_c)
+                if load_i64(z):
+                    _offsets(z, rows, columns, steps, off_z)
+                loaded = -1
+                for block in range(first, last):
+                    group = block // per_group
+                    i = (block - group * per_group) * LANES
+                    lanes = min(LANES, width - i)
+                    channel = group * width + i
+                    state = h + VBYTES * (block - first) * states
+                    if group != loaded:
+                        loaded = group
+                        for tensor, per, offsets, target in (
+                                (b_, per_b, off_b, rows_b), (c_, per_c, off_c, rows_c)):
+                            _load_rows(tensor, load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
+                                       + k * load_i64(tensor + STRIDE_K)
+                                       + (group // per) * load_i64(tensor + STRIDE_G), offsets, steps, states, target)
+                    if load_i64(p + SAVED):
+                        saved = load_i64(p + SAVED) + VBYTES * states * (
+                            ((image * directions + k) * chunks + chunk) * blocks + block)
+                        for n in range(states):
+                            vstore(saved + VBYTES * n, vload(state + VBYTES * n))
+                    at_u, view_u = _view_tile(
+                        u, load_i64(u) + image * load_i64(u + STRIDE_B) + channel * load_i64(u + STRIDE_E), off_u,
+                        steps, lanes, tile_u, identity)
+                    at_dt, view_dt = _view_tile(
+                        delta, load_i64(delta) + image * load_i64(delta + STRIDE_B)
+                        + k * load_i64(delta + STRIDE_K) + channel * load_i64(delta + STRIDE_E), off_delta, steps,
+                        lanes, tile_dt, identity)
+                    origin = load_i64(out) + image * load_i64(out + STRIDE_B) + channel * load_i64(out + STRIDE_E)
+                    ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
+                    d, b = vload(skip + VBYTES * (block - first)), vload(bias + VBYTES * (block - first))
+                    for t in range(steps):
+                        to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
+                        prefetch(to_x + ahead)
+                        prefetch(to_dt + ahead)
+                        prefetch(origin + load_i64(off_out + 8 * t))
+                        x, dt = vload(to_x), vadd(vload(to_dt), b)
+                        if softplus:
+                            dt = _softplus(dt)
+                        vstore(tile_dt + VBYTES * t, dt)
+                        vstore(tile_u + VBYTES * t, vmul(x, dt))
+                        vstore(tile_y + VBYTES * t, vmul(d, x))
+                    _steps_forward(steps, states, tile_dt, tile_u, tile_y, rows_b, rows_c,
+                                   decay + VBYTES * (block - first) * states, state)
+                    if load_i64(z) and k == directions - 1:
+                        if k > 0:
+                            _load_tile(out, origin, off_out, steps, lanes, tile_u)
+                            for t in range(0, VBYTES * steps, VBYTES):
+                                vstore(tile_y + t, vadd(vload(tile_y + t), vload(tile_u + t)))
+                        _load_tile(z, load_i64(z) + image * load_i64(z + STRIDE_B) + channel * load_i64(z + STRIDE_E),
+                                   off_z, steps, lanes, tile_u)
+                        _silu_tile(tile_u, steps, 0)
+                        for t in range(0, VBYTES * steps, VBYTES):
+                            vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_u + t)))
+                        _store_tile(out, origin, off_out, steps, lanes, tile_y, False)
+                    else:
+                        _store_tile(out, origin, off_out, steps, lanes, tile_y, k > 0)
+            if load_i64(p + LAST):
+                target = p + LAST
+                for block in range(first, last):
+                    group = block // per_group
+                    i = (block - group * per_group) * LANES
+                    origin = (load_i64(target) + image * load_i64(target + STRIDE_B) + k * load_i64(target + STRIDE_K)
+                              + (group * width + i) * load_i64(target + STRIDE_E))
+                    for n in range(states):
+                        for lane in range(min(LANES, width - i)):
+                            store_f32(origin + lane * load_i64(target + STRIDE_E) + n * load_i64(target + STRIDE_N),
+                                      load_f32(h + VBYTES * ((block - first) * states + n) + 4 * lane))
+
+
+@_jit
+def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b, rows_c, decay, h, carry, g_a,
+                    acc_b, acc_c, keep):
+    """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
+
+    Adds to y, g_dtu (gradient of dt u), g_dt (gradient of dt through the decay), g_a, acc_b and acc_c (gradients of B
+    and C before the sum over the 16 channels); `carry` holds the adjoint that crosses chunks. `keep` is scratch for
+    (steps, 2 * count) vectors: the state before each step and its decay.
+    """
+    o = VBYTES * n
+    if count == 4:
+        a0, a1 = vload(decay + o), vload(decay + o + VBYTES)
+        a2, a3 = vload(decay + o + 2 * VBYTES), vload(decay + o + 3 * VBYTES)
+        h0, h1 = vload(h), vload(h + VBYTES)
+        h2, h3 = vload(h + 2 * VBYTES), vload(h + 3 * VBYTES)
+        for t in range(steps):
+            d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            b, c = rows_b + 4 * (states * t + n), rows_c + 4 * (states * t + n)
+            k = keep + 8 * VBYTES * t
+            vstore(k, h0)
+            vstore(k + VBYTES, h1)
+            vstore(k + 2 * VBYTES, h2)
+            vstore(k + 3 * VBYTES, h3)
+            e0, e1, e2, e3 = vexp2(vmul(d, a0)), vexp2(vmul(d, a1)), vexp2(vmul(d, a2)), vexp2(vmul(d, a3))
+            vstore(k + 4 * VBYTES, e0)
+            vstore(k + 5 * VBYTES, e1)
+            vstore(k + 6 * VBYTES, e2)
+            vstore(k + 7 * VBYTES, e3)
+            h0 = vfma(e0, h0, vmul(x, vbroadcast(b)))
+            h1 = vfma(e1, h1, vmul(x, vbroadcast(b + 4)))
+            h2 = vfma(e2, h2, vmul(x, vbroadcast(b + 8)))
+            h3 = vfma(e3, h3, vmul(x, vbroadcast(b + 12)))
+            if y:
+                s = vfma(h1, vbroadcast(c + 4), vmul(h0, vbroadcast(c)))
+                s = vfma(h3, vbroadcast(c + 12), vfma(h2, vbroadcast(c + 8), s))
+                vstore(y + VBYTES * t, vadd(vload(y + VBYTES * t), s))
+        ln2 = vset(LN2)
+        a0, a1, a2, a3 = vmul(a0, ln2), vmul(a1, ln2), vmul(a2, ln2), vmul(a3, ln2)
+        g0, g1 = vload(carry + o), vload(carry + o + VBYTES)
+        g2, g3 = vload(carry + o + 2 * VBYTES), vload(carry + o + 3 * VBYTES)
+        s0, s1 = vload(g_a + o), vload(g_a + o + VBYTES)
+        s2, s3 = vload(g_a + o + 2 * VBYTES), vload(g_a + o + 3 * VBYTES)
+        for t in range(steps - 1, -1, -1):
+            d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
+            b, c = rows_b + 4 * (states * t + n), rows_c + 4 * (states * t + n)
+            k = keep + 8 * VBYTES * t
+            to_b, to_c = acc_b + VBYTES * (states * t + n), acc_c + VBYTES * (states * t + n)
+            # state n: h is the state after the step, q the one before; g0 becomes its adjoint, then the carry
+            vstore(to_c, vfma(g, h0, vload(to_c)))
+            g0 = vfma(g, vbroadcast(c), g0)
+            vstore(to_b, vfma(g0, x, vload(to_b)))
+            sx = vmul(g0, vbroadcast(b))
+            h0 = vload(k)
+            g0 = vmul(g0, vload(k + 4 * VBYTES))
+            q = vmul(g0, h0)
+            s0 = vfma(q, d, s0)
+            sd = vmul(q, a0)
+
+            vstore(to_c + VBYTES, vfma(g, h1, vload(to_c + VBYTES)))
+            g1 = vfma(g, vbroadcast(c + 4), g1)
+            vstore(to_b + VBYTES, vfma(g1, x, vload(to_b + VBYTES)))
+            sx = vfma(g1, vbroadcast(b + 4), sx)
+            h1 = vload(k + VBYTES)
+            g1 = vmul(g1, vload(k + 5 * VBYTES))
+            q = vmul(g1, h1)
+            s1 = vfma(q, d, s1)
+            sd = vfma(q, a1, sd)
+
+            vstore(to_c + 2 * VBYTES, vfma(g, h2, vload(to_c + 2 * VBYTES)))
+            g2 = vfma(g, vbroadcast(c + 8), g2)
+            vstore(to_b + 2 * VBYTES, vfma(g2, x, vload(to_b + 2 * VBYTES)))
+            sx = vfma(g2, vbroadcast(b + 8), sx)
+            h2 = vload(k + 2 * VBYTES)
+            g2 = vmul(g2, vload(k + 6 * VBYTES))
+            q = vmul(g2, h2)
+            s2 = vfma(q, d, s2)
+            sd = vfma(q, a2, sd)
+
+            vstore(to_c + 3 * VBYTES, vfma(g, h3, vload(to_c + 3 * VBYTES)))
+            g3 = vfma(g, vbroadcast(c + 12), g3)
+            vstore(to_b + 3 * VBYTES, vfma(g3, x, vload(to_b + 3 * VBYTES)))
+            sx = vfma(g3, vbroadcast(b + 12), sx)
+            h3 = vload(k + 3 * VBYTES)
+            g3 = vmul(g3, vload(k + 7 * VBYTES))
+            q = vmul(g3, h3)
+            s3 = vfma(q, d, s3)
+            sd = vfma(q, a3, sd)
+
+            vstore(g_dtu + VBYTES * t, vadd(vload(g_dtu + VBYTES * t), sx))
+            vstore(g_dt + VBYTES * t, vadd(vload(g_dt + VBYTES * t), sd))
+        vstore(carry + o, g0)
+        vstore(carry + o + VBYTES, g1)
+        vstore(carry + o + 2 * VBYTES, g2)
+        vstore(carry + o + 3 * VBYTES, g3)
+        vstore(g_a + o, s0)
+        vstore(g_a + o + VBYTES, s1)
+        vstore(g_a + o + 2 * VBYTES, s2)
+        vstore(g_a + o + 3 * VBYTES, s3)
+    else:
+        a0, h0 = vload(decay + o), vload(h)
+        for t in range(steps):
+            d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            vstore(keep + 2 * VBYTES * t, h0)
+            e0 = vexp2(vmul(d, a0))
+            vstore(keep + 2 * VBYTES * t + VBYTES, e0)
+            h0 = vfma(e0, h0, vmul(x, vbroadcast(rows_b + 4 * (states * t + n))))
+            if y:
+                vstore(y + VBYTES * t, vfma(h0, vbroadcast(rows_c + 4 * (states * t + n)), vload(y + VBYTES * t)))
+        a0 = vmul(a0, vset(LN2))
+        g0, s0 = vload(carry + o), vload(g_a + o)
+        for t in range(steps - 1, -1, -1):
+            d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
+            to_b, to_c = acc_b + VBYTES * (states * t + n), acc_c + VBYTES * (states * t + n)
+            vstore(to_c, vfma(g, h0, vload(to_c)))
+            g0 = vfma(g, vbroadcast(rows_c + 4 * (states * t + n)), g0)
+            vstore(to_b, vfma(g0, x, vload(to_b)))
+            sx = vmul(g0, vbroadcast(rows_b + 4 * (states * t + n)))
+            h0 = vload(keep + 2 * VBYTES * t)
+            g0 = vmul(g0, vload(keep + 2 * VBYTES * t + VBYTES))
+            q = vmul(g0, h0)
+            s0 = vfma(q, d, s0)
+            vstore(g_dtu + VBYTES * t, vadd(vload(g_dtu + VBYTES * t), sx))
+            vstore(g_dt + VBYTES * t, vfma(q, a0, vload(g_dt + VBYTES * t)))
+        vstore(carry + o, g0)
+        vstore(g_a + o, s0)
+
+
+@_jit
+def _flush_rows(tensor, origin, offsets, steps, states, acc):
+    """Sum accumulated (steps, states, 16) over the lanes and add to float32 gradients of B or C; clears them."""
+    stride = load_i64(tensor + STRIDE_N)
+    for t in range(steps):
+        target = origin + load_i64(offsets + 8 * t)
+        for n in range(states):
+            source = acc + VBYTES * (states * t + n)
+            store_f32(target + n * stride, load_f32(target + n * stride) + vsum(vload(source)))
+            vstore(source, vset(ZERO))
+
+
+@_jit
+def _backward(p, worker):
+    jobs, parts, blocks = load_i64(p + JOBS), load_i64(p + PARTS), load_i64(p + BLOCKS)
+    directions, states = load_i64(p + DIRECTIONS), load_i64(p + STATES)
+    width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
+    dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
+    groups = dim // width
+    chunks = (length + CHUNK - 1) // CHUNK
+    u, delta, b_, c_, z = p + U, p + DELTA, p + B_, p + C_, p + Z
+    g_out, g_u, g_delta, g_z, g_b, g_c = p + G_OUT, p + G_U, p + G_DELTA, p + G_Z, p + G_B, p + G_C
+    per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
+    part_blocks = (blocks + parts - 1) // parts
+
+    rows = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
+    columns = rows + OFFSETS
+    off_u, off_delta, off_out = rows + 2 * OFFSETS, rows + 3 * OFFSETS, rows + 4 * OFFSETS
+    off_b, off_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
+    off_gu, off_gdelta, off_gz = rows + 8 * OFFSETS, rows + 9 * OFFSETS, rows + 10 * OFFSETS
+    off_gb, off_gc = rows + 11 * OFFSETS, rows + 12 * OFFSETS
+    tile_u = rows + 13 * OFFSETS
+    tile_dt, tile_slope, tile_x = tile_u + TILE, tile_u + 2 * TILE, tile_u + 3 * TILE
+    tile_gy, tile_gx, tile_gdt = tile_u + 4 * TILE, tile_u + 5 * TILE, tile_u + 6 * TILE
+    tile_y, tile_z = tile_u + 7 * TILE, tile_u + 8 * TILE
+    keep = tile_u + 9 * TILE
+    rows_b = keep + 8 * TILE
+    rows_c = rows_b + 4 * CHUNK * states
+    acc_b = rows_c + 4 * CHUNK * states
+    acc_c = acc_b + VBYTES * CHUNK * states
+    skip = acc_c + VBYTES * CHUNK * states
+    bias = skip + VBYTES * part_blocks
+    sum_d = bias + VBYTES * part_blocks
+    sum_bias = sum_d + VBYTES * part_blocks
+    decay = sum_bias + VBYTES * part_blocks
+    carry = decay + VBYTES * part_blocks * states
+    sum_a = carry + VBYTES * part_blocks * states
+
+    _fill(acc_b, 2 * CHUNK * states)
+    while True:
+        job = fetch_add(p + NEXT_JOB)
+        if job >= jobs:
+            break
+        image = job // parts
+        part = job - image * parts
+        first = part * part_blocks
+        last = min(first + part_blocks, blocks)
+        for k in range(directions):
+            direction = load_i64(p + ORDER + 8 * k)
+            _load_constants(p, k, first, last, decay, skip, bias)
+            _fill(sum_d, 2 * part_blocks)
+            _fill(sum_a, (last - first) * states)
+            if load_i64(p + G_LAST):
+                tensor = p + G_LAST
+                for block in range(first, last):
+                    group = block // per_group
+                    i = (block - group * per_group) * LANES
+                    stride = load_i64(tensor + STRIDE_E)
+                    for n in range(states):
+                        _load_lanes(tensor, load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
+                                    + k * load_i64(tensor + STRIDE_K) + (group * width + i) * stride
+                                    + n * load_i64(tensor + STRIDE_N), stride, min(LANES, width - i),
+                                    carry + VBYTES * ((block - first) * states + n), ONE)
+            else:
+                _fill(carry, (last - first) * states)
+            for chunk in range(chunks - 1, -1, -1):
+                steps = min(CHUNK, length - chunk * CHUNK)
+                _positions(p, direction, chunk * CHUNK, steps, rows, columns)
+                for tensor, offsets in ((u, off_u), (delta, off_delta), (g_out, off_out), (b_, off_b), (c_, off_c),
+                                        (g_u, off_gu), (g_delta, off_gdelta), (g_b, off_gb), (g_c, off_gc)):
+                    _offsets(tensor, rows, columns, steps, offsets)
+                if load_i64(z):
+                    _offsets(z, rows, columns, steps, off_z)
+                    _offsets(g_z, rows, columns, steps, off_gz)
+                loaded = -1
+                for block in range(first, last):
+                    group = block // per_group
+                    i = (block - group * per_group) * LANES
+                    lanes = min(LANES, width - i)
+                    channel = group * width + i
+                    j = block - first
+                    if group != loaded:
+                        if loaded >= 0:
+                            _flush(p, part, image, k, loaded // per_b, loaded // per_c, off_gb, off_gc, steps, acc_b,
+                                   acc_c)
+                        loaded = group
+                        for tensor, per, offsets, target in (
+                                (b_, per_b, off_b, rows_b), (c_, per_c, off_c, rows_c)):
+                            _load_rows(tensor, load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
+                                       + k * load_i64(tensor + STRIDE_K)
+                                       + (group // per) * load_i64(tensor + STRIDE_G), offsets, steps, states, target)
+                    _load_tile(u, load_i64(u) + image * load_i64(u + STRIDE_B) + channel * load_i64(u + STRIDE_E),
+                               off_u, steps, lanes, tile_u)
+                    _load_tile(delta, load_i64(delta) + image * load_i64(delta + STRIDE_B)
+                               + k * load_i64(delta + STRIDE_K) + channel * load_i64(delta + STRIDE_E),
+                               off_delta, steps, lanes, tile_dt)
+                    _softplus_tile(p, tile_dt, bias + VBYTES * j, steps, tile_slope)
+                    _load_tile(g_out, load_i64(g_out) + image * load_i64(g_out + STRIDE_B)
+                               + channel * load_i64(g_out + STRIDE_E), off_out, steps, lanes, tile_gy)
+                    d = vload(skip + VBYTES * j)
+                    y = 0
+                    if load_i64(z):
+                        # keep grad_out * d silu / d z in tile_z for the gradient of z, and gate grad_out
+                        y = tile_y
+                        _load_tile(z, load_i64(z) + image * load_i64(z + STRIDE_B) + channel * load_i64(z + STRIDE_E),
+                                   off_z, steps, lanes, tile_x)
+                        _silu_tile(tile_x, steps, tile_z)
+                        for t in range(0, VBYTES * steps, VBYTES):
+                            g = vload(tile_gy + t)
+                            vstore(tile_z + t, vmul(vload(tile_z + t), g))
+                            vstore(tile_gy + t, vmul(vload(tile_x + t), g))
+                            vstore(tile_y + t, vmul(d, vload(tile_u + t)))
+                    sd = vload(sum_d + VBYTES * j)
+                    for t in range(0, VBYTES * steps, VBYTES):
+                        x = vload(tile_u + t)
+                        sd = vfma(x, vload(tile_gy + t), sd)
+                        vstore(tile_x + t, vmul(x, vload(tile_dt + t)))
+                        vstore(tile_gx + t, vset(ZERO))
+                        vstore(tile_gdt + t, vset(ZERO))
+                    vstore(sum_d + VBYTES * j, sd)
+                    saved = load_i64(p + SAVED) + VBYTES * states * (
+                        ((image * directions + k) * chunks + chunk) * blocks + block)
+                    n = 0
+                    while n < states:
+                        count = 4 if n + 4 <= states else 1
+                        _steps_backward(
+                            steps, states, n, count, tile_dt, tile_x, y, tile_gy, tile_gx, tile_gdt, rows_b, rows_c,
+                            decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
+                            sum_a + VBYTES * j * states, acc_b, acc_c, keep)
+                        n += count
+                    sb = vload(sum_bias + VBYTES * j)
+                    softplus = load_i64(p + SOFTPLUS)
+                    for t in range(0, VBYTES * steps, VBYTES):
+                        gx = vload(tile_gx + t)
+                        g = vfma(gx, vload(tile_u + t), vload(tile_gdt + t))
+                        if softplus:
+                            g = vmul(g, vload(tile_slope + t))
+                        sb = vadd(sb, g)
+                        vstore(tile_gdt + t, g)
+                        vstore(tile_gx + t, vfma(gx, vload(tile_dt + t), vmul(d, vload(tile_gy + t))))
+                    vstore(sum_bias + VBYTES * j, sb)
+                    _store_tile(g_u, load_i64(g_u) + image * load_i64(g_u + STRIDE_B)
+                                + channel * load_i64(g_u + STRIDE_E), off_gu, steps, lanes, tile_gx, k > 0)
+                    _store_tile(g_delta, load_i64(g_delta) + image * load_i64(g_delta + STRIDE_B)
+                                + k * load_i64(g_delta + STRIDE_K) + channel * load_i64(g_delta + STRIDE_E),
+                                off_gdelta, steps, lanes, tile_gdt, False)
+                    if load_i64(z):
+                        for t in range(0, VBYTES * steps, VBYTES):
+                            vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_z + t)))
+                        _store_tile(g_z, load_i64(g_z) + image * load_i64(g_z + STRIDE_B)
+                                    + channel * load_i64(g_z + STRIDE_E), off_gz, steps, lanes, tile_y, k > 0)
+                if loaded >= 0:
+                    _flush(p, part, image, k, loaded // per_b, loaded // per_c, off_gb, off_gc, steps, acc_b, acc_c)
+            for block in range(first, last):
+                group = block // per_group
+                i = (block - group * per_group) * LANES
+                j = block - first
+                for lane in range(min(LANES, width - i)):
+                    row = (image * directions + k) * dim + group * width + i + lane
+                    store_f32(load_i64(p + G_D) + 4 * row, load_f32(sum_d + VBYTES * j + 4 * lane))
+                    store_f32(load_i64(p + G_BIAS) + 4 * row, load_f32(sum_bias + VBYTES * j + 4 * lane))
+                    for n in range(states):
+                        store_f32(load_i64(p + G_A) + 4 * (row * states + n),
+                                  load_f32(sum_a + VBYTES * (j * states + n) + 4 * lane))
+
+
+@_jit
+def _flush(p, part, image, k, group_b, group_c, off_b, off_c, steps, acc_b, acc_c):
+    states = load_i64(p + STATES)
+    for tensor, group, offsets, acc in ((p + G_B, group_b, off_b, acc_b), (p + G_C, group_c, off_c, acc_c)):
+        _flush_rows(tensor, load_i64(tensor) + part * load_i64(tensor + STRIDE_PART)
+                    + image * load_i64(tensor + STRIDE_B) + k * load_i64(tensor + STRIDE_K)
+                    + group * load_i64(tensor + STRIDE_G), offsets, steps, states, acc)
+
+
+# Entry points in C's calling convention: torch's own OpenMP threads can call them without Python.
+@cfunc(types.void(types.int64), cache=True, error_model='numpy')
+def _forward_entry(p):
+    _forward(p, fetch_add(p + NEXT_WORKER))
+
+
+@cfunc(types.void(types.int64), cache=True, error_model='numpy')
+def _backward_entry(p):
+    _backward(p, fetch_add(p + NEXT_WORKER))
+
+
+_ENTRY_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
+
+def _find_openmp():
+    """`GOMP_parallel` of the OpenMP runtime that torch runs on, or None.
+
+    The same threads then serve torch and the scan: a second pool would fight with torch's, whose threads spin for a
+    while after each operator.
+    """
+    if 'OpenMP' not in torch.__config__.parallel_info() or not os.path.exists('/proc/self/maps'):
+        return None
+    with open('/proc/self/maps') as maps:
+        paths = {line.split(None, 5)[-1].strip() for line in maps if 'omp' in line and '.so' in line}
+    home = os.path.dirname(os.path.dirname(torch.__file__))
+    for path in sorted(paths, key=lambda name: (not name.startswith(home), name)):
+        if os.path.basename(path).startswith(('libgomp', 'libiomp5', 'libomp')):
+            try:
+                function = ctypes.CDLL(path).GOMP_parallel
+            except (OSError, AttributeError):
+                continue
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
+            return function
+    return None
+
+
+_openmp = _find_openmp()
+_pools = {}
+
+
+def _run(entry, fields: np.ndarray, workers: int) -> None:
+    """Run an entry point on `workers` threads; each takes jobs until there are none left."""
+    address = fields.ctypes.data
+    if workers == 1:
+        _ENTRY_TYPE(entry.address)(address)
+    elif _openmp is not None:
+        _openmp(entry.address, address, workers, 0)
+    else:
+        # keyed by process: threads do not survive a fork
+        pool = _pools.setdefault((os.getpid(), workers), ThreadPoolExecutor(workers, 'vim2-scan'))
+        call = _ENTRY_TYPE(entry.address)
+        list(pool.map(lambda _: call(address), range(workers)))
+
+
+def _describe(fields: np.ndarray, slot: int, t: Optional[Tensor], axes: str) -> None:
+    """Write a tensor's address, dtype and byte strides; `axes` names its dimensions by the letters of _AXES."""
+    if t is None:
+        return
+    at = slot // 8
+    fields[at + ADDRESS // 8] = t.data_ptr()
+    fields[at + DTYPE // 8] = _DTYPES[t.dtype]
+    size, shape, strides = t.element_size(), t.shape, t.stride()
+    for i, axis in enumerate(axes):
+        # a dimension of one element is never stepped along: that is how constants are read at every position
+        fields[at + _AXES[axis] // 8] = 0 if shape[i] == 1 else strides[i] * size
+
+
+def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of, scratch_of
+             ) -> Tuple[np.ndarray, Tensor, int, int]:
+    """Fields that both kernels share, their scratch memory (to be kept alive), workers and parts."""
+    batch, dim, height, width = u.shape
+    states = A.shape[2]
+    groups, group_width, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
+    blocks = groups * group_blocks
+    parts = parts_of(batch, blocks)
+    workers = max(1, min(torch.get_num_threads(), batch * parts))
+    part_blocks = -(-blocks // parts)
+    size = -(-scratch_of(part_blocks, states) // 4096) * 4096
+    scratch = torch.empty(workers * size + 64, dtype=torch.uint8)
+    fields = np.zeros(FIELDS + 10 * len(_TENSORS), dtype=np.int64)
+    for at, value in (
+            (JOBS, batch * parts), (BATCH, batch), (DIRECTIONS, len(directions)), (DIM, dim), (STATES, states),
+            (HEIGHT, height), (WIDTH, width), (GROUP_WIDTH, group_width), (GROUP_BLOCKS, group_blocks),
+            (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, softplus), (SCRATCH, -(-scratch.data_ptr() // 64) * 64),
+            (SCRATCH_SIZE, size)):
+        fields[at // 8] = value
+    fields[ORDER // 8:ORDER // 8 + len(directions)] = directions
+    for slot, t, axes in (
+            (U, u, 'behw'), (DELTA, delta, 'bkehw'), (A_, A, 'ken'), (B_, B, 'bkgnhw'), (C_, C, 'bkgnhw'),
+            (D_, D, 'ke'), (Z, z, 'behw'), (BIAS, delta_bias, 'ke')):
+        _describe(fields, slot, t, axes)
+    fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = B.shape[2], C.shape[2]  # their groups
+    return fields, scratch, workers, parts
+
+
+def _forward_parts(batch: int, blocks: int) -> int:
+    # Any cut gives the same result: enough jobs for every thread, with some to even out.
+    return max(1, min(blocks, -(-4 * torch.get_num_threads() // batch)))
+
+
+def _backward_parts(batch: int, blocks: int) -> int:
+    # Each part sums its own gradients of B and C: the cut sets the order of that sum, so only shapes may set it.
+    return max(1, min(-(-blocks // 3), -(-16 // batch)))
+
+
+def _forward_scratch(blocks: int, states: int) -> int:
+    return 9 * OFFSETS + 3 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
+
+
+def _backward_scratch(blocks: int, states: int) -> int:
+    return 13 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (4 + 3 * states)
+
+
+def _sum_buffer(like: Tensor, directions: List[int]) -> Tensor:
+    """Where a sum over directions is formed: the result itself, or in float32 if its dtype is narrower."""
+    if len(directions) == 1 or like.dtype == torch.float32:
+        return torch.empty_like(like)
+    return torch.empty_like(like, dtype=torch.float32)
+
+
+def forward(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], z: Optional[Tensor],
+        delta_bias: Optional[Tensor], delta_softplus: bool, directions: List[int], want_last_state: bool,
+        save_states: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The canonical scan (see `vim2.ops.scan`): out, last states or empty, saved states or empty."""
+    fields, scratch, workers, _ = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+                                           _forward_parts, _forward_scratch)
+    out = _sum_buffer(u, directions)
+    last = torch.empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,))
+    states = torch.empty(states_shape(u, A, B, C) if save_states else (0,))
+    _describe(fields, OUT, out, 'behw')
+    if want_last_state:
+        _describe(fields, LAST, last, 'bken')
+    if save_states:
+        fields[SAVED // 8] = states.data_ptr()
+    _run(_forward_entry, fields, workers)
+    return out if out.dtype == u.dtype else torch.empty_like(u).copy_(out), last, states
+
+
+def backward(
+        grad_out: Tensor, grad_last: Optional[Tensor], u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+        D: Optional[Tensor], z: Optional[Tensor], delta_bias: Optional[Tensor], states: Tensor, delta_softplus: bool,
+        directions: List[int],
+) -> Tuple[Tensor, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias (an empty tensor for each that is absent)."""
+    fields, scratch, workers, parts = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+                                               _backward_parts, _backward_scratch)
+    batch, dim = u.shape[:2]
+    k, n = A.shape[0], A.shape[2]
+    fields[SAVED // 8] = states.data_ptr()
+    if grad_out.dtype not in _DTYPES:
+        grad_out = grad_out.float()
+    if grad_last is not None:
+        grad_last = grad_last.float()
+    grad_u, grad_delta = _sum_buffer(u, directions), torch.empty_like(delta)
+    grad_z = None if z is None else _sum_buffer(z, directions)
+    grad_A, grad_D, grad_bias = torch.empty(batch, k, dim, n), torch.empty(batch, k, dim), torch.empty(batch, k, dim)
+    # zeros: parts that hold no block of a group leave its slice as it is
+    grad_B, grad_C = (torch.zeros(parts, *t.shape[:3], *t.shape[4:], n).movedim(-1, 4) for t in (B, C))
+    for slot, t, axes in (
+            (G_OUT, grad_out, 'behw'), (G_LAST, grad_last, 'bken'), (G_U, grad_u, 'behw'),
+            (G_DELTA, grad_delta, 'bkehw'), (G_Z, grad_z, 'behw'), (G_A, grad_A, 'bken'), (G_B, grad_B, 'pbkgnhw'),
+            (G_C, grad_C, 'pbkgnhw'), (G_D, grad_D, 'bke'), (G_BIAS, grad_bias, 'bke')):
+        _describe(fields, slot, t, axes)
+    _run(_backward_entry, fields, workers)
+    summed = (grad_u, grad_delta, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), None if D is None else grad_D.sum(0),
+              grad_z, None if delta_bias is None else grad_bias.sum(0))
+    return tuple(
+        u.new_empty(0) if t is None else g if g.dtype == t.dtype and g.stride() == t.stride()
+        else torch.empty_like(t).copy_(g) for t, g in zip((u, delta, A, B, C, D, z, delta_bias), summed))

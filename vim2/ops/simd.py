@@ -1,0 +1,362 @@
+"""Sixteen-lane float32 vectors for Numba, on raw addresses.
+
+Numba vectorises loops when LLVM can prove enough about them, and the scan's recurrence gives it little to prove. These
+intrinsics emit LLVM's vector type instead, which every target splits into the registers that it has (one on AVX-512,
+two on AVX2, four on NEON). Addresses are int64, offsets are bytes: no array objects, no bounds, no reference counts.
+"""
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+VBYTES = 4 * LANES
+
+_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_VEC, _VEC_I32 = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_VEC_I16, _VEC_F16 = ir.VectorType(_I16, LANES), ir.VectorType(ir.HalfType(), LANES)
+
+# dtype codes of tensors in memory
+F32, BF16, F16 = 0, 1, 2
+
+
+class _Vector(types.Type):
+    def __init__(self):
+        super().__init__(name='float32x16')
+
+
+vector = _Vector()
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _VEC)
+
+
+def _splat(value, ty=_VEC):
+    return ir.Constant(ty, [value] * LANES)
+
+
+def _pointer(builder, address, ty):
+    return builder.inttoptr(address, ty.as_pointer())
+
+
+def _load(builder, address, ty, align):
+    return builder.load(_pointer(builder, address, ty), align=align)
+
+
+def _store(builder, value, address, align):
+    builder.store(value, _pointer(builder, address, value.type), align=align)
+
+
+def _call(builder, name, ty, *args, **kwargs):
+    fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ty, [a.type for a in args]), name)
+    return builder.call(fn, args, **kwargs)
+
+
+def _fma(builder, a, b, c):
+    # fuses where the target has the instruction; elsewhere a product and a sum, not a call of libm
+    return _call(builder, 'llvm.fmuladd.v16f32', _VEC, a, b, c)
+
+
+def _broadcast(builder, scalar):
+    undefined = ir.Constant(_VEC, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_VEC_I32, [0] * LANES))
+
+
+def _exp2(builder, x):
+    """2^x by rounding to an integer and a degree-5 polynomial on [-1/2, 1/2]: relative error < 2e-7.
+
+    The polynomial is 1 + f q(f), so that the error vanishes with x: a decay exp(dt A) close to 1 keeps its rate.
+    x is clamped to what float32 holds; NaN passes.
+    """
+    for bound, compare in ((-126.0, '<'), (127.99999, '>')):
+        limit = _splat(bound)
+        x = builder.select(builder.fcmp_ordered(compare, x, limit), limit, x)
+    magic = _splat(12582912.0)  # 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    shifted = builder.fadd(x, magic)
+    f = builder.fsub(x, builder.fsub(shifted, magic))
+    p = _splat(0.001326472731307149)
+    for c in (0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653, 1.0):
+        p = _fma(builder, p, f, _splat(c))
+    exponent = builder.shl(builder.bitcast(shifted, _VEC_I32), _splat(23, _VEC_I32))
+    return builder.bitcast(builder.add(builder.bitcast(p, _VEC_I32), exponent), _VEC)
+
+
+def _log1p(builder, e):
+    """log(1 + e) for 0 <= e <= 1 as e q(e), without a division: relative error < 3e-7, for the smallest e too."""
+    p = _splat(0.005232693627476692)
+    for c in (-0.02950523979961872, 0.07822596281766891, -0.13663247227668762, 0.19106008112430573,
+              -0.2484298199415207, 0.3331909775733948, -0.4999949336051941, 0.9999999403953552):
+        p = _fma(builder, p, e, _splat(c))
+    return builder.fmul(e, p)
+
+
+def _binary(emit):
+    @intrinsic
+    def op(typingctx, a, b):
+        return vector(vector, vector), lambda context, builder, sig, args: emit(builder, *args)
+    return op
+
+
+def _unary(emit):
+    @intrinsic
+    def op(typingctx, a):
+        return vector(vector), lambda context, builder, sig, args: emit(builder, *args)
+    return op
+
+
+vadd = _binary(lambda builder, a, b: builder.fadd(a, b))
+vsub = _binary(lambda builder, a, b: builder.fsub(a, b))
+vmul = _binary(lambda builder, a, b: builder.fmul(a, b))
+vdiv = _binary(lambda builder, a, b: builder.fdiv(a, b))
+vmax = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered('>', a, b), a, b))
+vexp2 = _unary(_exp2)
+vlog1p = _unary(_log1p)
+vabs = _unary(lambda builder, a: _call(builder, 'llvm.fabs.v16f32', _VEC, a))
+
+
+@intrinsic
+def vfma(typingctx, a, b, c):
+    """a * b + c"""
+    return vector(vector, vector, vector), lambda context, builder, sig, args: _fma(builder, *args)
+
+
+@intrinsic
+def vselect_negative(typingctx, x, a, b):
+    """a where x < 0, else b"""
+    def codegen(context, builder, sig, args):
+        x, a, b = args
+        return builder.select(builder.fcmp_ordered('<', x, _splat(0.0)), a, b)
+    return vector(vector, vector, vector), codegen
+
+
+@intrinsic
+def vset(typingctx, x):
+    """A scalar in every lane."""
+    return vector(types.float32), lambda context, builder, sig, args: _broadcast(builder, args[0])
+
+
+@intrinsic
+def vsum(typingctx, a):
+    """Sum of the lanes, as a tree."""
+    def codegen(context, builder, sig, args):
+        return _call(builder, 'llvm.vector.reduce.fadd.v16f32', _F32, ir.Constant(_F32, 0.0), args[0],
+                     fastmath=('reassoc',))
+    return types.float32(vector), codegen
+
+
+@intrinsic
+def vload(typingctx, address):
+    return vector(types.int64), lambda context, builder, sig, args: _load(builder, args[0], _VEC, 4)
+
+
+@intrinsic
+def vstore(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        _store(builder, args[1], args[0], 4)
+        return context.get_dummy_value()
+    return types.none(types.int64, vector), codegen
+
+
+@intrinsic
+def vbroadcast(typingctx, address):
+    """The float32 at an address in every lane."""
+    def codegen(context, builder, sig, args):
+        return _broadcast(builder, _load(builder, args[0], _F32, 4))
+    return vector(types.int64), codegen
+
+
+@intrinsic
+def load_f32(typingctx, address):
+    return types.float32(types.int64), lambda context, builder, sig, args: _load(builder, args[0], _F32, 4)
+
+
+@intrinsic
+def store_f32(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        _store(builder, args[1], args[0], 4)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.float32), codegen
+
+
+@intrinsic
+def load_i64(typingctx, address):
+    return types.int64(types.int64), lambda context, builder, sig, args: _load(builder, args[0], _I64, 8)
+
+
+@intrinsic
+def store_i64(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        _store(builder, args[1], args[0], 8)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.int64), codegen
+
+
+@intrinsic
+def copy4(typingctx, target, source):
+    """Copy four float32."""
+    def codegen(context, builder, sig, args):
+        four = ir.VectorType(_F32, 4)
+        _store(builder, _load(builder, args[1], four, 4), args[0], 4)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.int64), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, for reading; any address is allowed."""
+    def codegen(context, builder, sig, args):
+        ty = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
+        fn = cgutils.get_or_insert_function(builder.module, ty, 'llvm.prefetch.p0')
+        builder.call(fn, [_pointer(builder, args[0], ir.IntType(8))] + [ir.Constant(_I32, v) for v in (0, 3, 1)])
+        return context.get_dummy_value()
+    return types.none(types.int64), codegen
+
+
+@intrinsic
+def transpose16(typingctx, target, target_stride, source, source_stride):
+    """Transpose 16 x 16 float32 in registers; the strides are those of the rows, in bytes."""
+    def codegen(context, builder, sig, args):
+        target, target_stride, source, source_stride = args
+        rows = []
+        for _ in range(LANES):
+            rows.append(_load(builder, source, _VEC, 4))
+            source = builder.add(source, source_stride)
+        half = LANES // 2
+        low = ir.Constant(_VEC_I32, [i // 2 + (i % 2) * LANES for i in range(LANES)])
+        high = ir.Constant(_VEC_I32, [i // 2 + half + (i % 2) * LANES for i in range(LANES)])
+        for _ in range(4):  # to interleave the two halves of the rows four times is to transpose
+            rows = [builder.shuffle_vector(rows[i // 2], rows[i // 2 + half], high if i % 2 else low)
+                    for i in range(LANES)]
+        for row in rows:
+            _store(builder, row, target, 4)
+            target = builder.add(target, target_stride)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, address):
+    """Atomically add 1 to the int64 at an address; returns what it was."""
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw('add', _pointer(builder, args[0], _I64), ir.Constant(_I64, 1), 'monotonic')
+    return types.int64(types.int64), codegen
+
+
+def _widen_bf16(builder, bits, int32):
+    shift = ir.Constant(int32, [16] * LANES if isinstance(int32, ir.VectorType) else 16)
+    return builder.shl(builder.zext(bits, int32), shift)
+
+
+def _narrow_bf16(builder, bits, int32):
+    """float32 bits to bfloat16 bits, to nearest even; NaN stays a (quiet) NaN."""
+    def constant(value):
+        return ir.Constant(int32, [value] * LANES if isinstance(int32, ir.VectorType) else value)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
+    nan = builder.icmp_unsigned('>', builder.and_(bits, constant(0x7FFFFFFF)), constant(0x7F800000))
+    quiet = builder.or_(builder.lshr(bits, constant(16)), constant(0x40))
+    return builder.select(nan, quiet, rounded)
+
+
+@intrinsic
+def vload_bf16(typingctx, address):
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(_widen_bf16(builder, _load(builder, args[0], _VEC_I16, 2), _VEC_I32), _VEC)
+    return vector(types.int64), codegen
+
+
+@intrinsic
+def vload_f16(typingctx, address):
+    def codegen(context, builder, sig, args):
+        return builder.fpext(_load(builder, args[0], _VEC_F16, 2), _VEC)
+    return vector(types.int64), codegen
+
+
+@intrinsic
+def vstore_bf16(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        bits = _narrow_bf16(builder, builder.bitcast(args[1], _VEC_I32), _VEC_I32)
+        _store(builder, builder.trunc(bits, _VEC_I16), args[0], 2)
+        return context.get_dummy_value()
+    return types.none(types.int64, vector), codegen
+
+
+@intrinsic
+def vstore_f16(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        _store(builder, builder.fptrunc(args[1], _VEC_F16), args[0], 2)
+        return context.get_dummy_value()
+    return types.none(types.int64, vector), codegen
+
+
+@intrinsic
+def load_bf16(typingctx, address):
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(_widen_bf16(builder, _load(builder, args[0], _I16, 2), _I32), _F32)
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def load_f16(typingctx, address):
+    def codegen(context, builder, sig, args):
+        return builder.fpext(_load(builder, args[0], ir.HalfType(), 2), _F32)
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def store_bf16(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        bits = _narrow_bf16(builder, builder.bitcast(args[1], _I32), _I32)
+        _store(builder, builder.trunc(bits, _I16), args[0], 2)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.float32), codegen
+
+
+@intrinsic
+def store_f16(typingctx, address, value):
+    def codegen(context, builder, sig, args):
+        _store(builder, builder.fptrunc(args[1], ir.HalfType()), args[0], 2)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.float32), codegen
+
+
+@njit(inline='always')
+def vload_as(dtype, address):
+    if dtype == F32:
+        return vload(address)
+    if dtype == BF16:
+        return vload_bf16(address)
+    return vload_f16(address)
+
+
+@njit(inline='always')
+def vstore_as(dtype, address, value):
+    if dtype == F32:
+        vstore(address, value)
+    elif dtype == BF16:
+        vstore_bf16(address, value)
+    else:
+        vstore_f16(address, value)
+
+
+@njit(inline='always')
+def load_as(dtype, address):
+    if dtype == F32:
+        return load_f32(address)
+    if dtype == BF16:
+        return load_bf16(address)
+    return load_f16(address)
+
+
+@njit(inline='always')
+def store_as(dtype, address, value):
+    if dtype == F32:
+        store_f32(address, value)
+    elif dtype == BF16:
+        store_bf16(address, value)
+    else:
+        store_f16(address, value)
