@@ -289,14 +289,16 @@ def bench_import(args: argparse.Namespace) -> Dict[str, object]:
 
     times = rounds(dict(timm=process('import timm'), both=process('import timm, vim2')), args.repeats, warmup=1)
     extra = statistics.median(b - a for a, b in zip(times['timm'], times['both']))
-    first = ('import time, torch, timm, vim2; m = timm.create_model("vim2_tiny").eval(); x = torch.randn(1, 3, 224, 224)'
-             '; t = time.time(); torch.no_grad().__enter__(); m(x); print(time.time() - t)')
+    first = ('import time, torch, timm, vim2; model = timm.create_model("vim2_tiny").eval()\n'
+             'x = torch.randn(1, 3, 224, 224); start = time.time()\n'
+             'with torch.no_grad(): model(x)\n'
+             'print(time.time() - start)')
     done = subprocess.run([sys.executable, '-c', first], check=True, capture_output=True, text=True)
     result = dict(timm_s=statistics.median(times['timm']), both_s=statistics.median(times['both']), vim2_extra_s=extra,
                   first_forward_s=float(done.stdout))
     if not args.json:
-        print(f"import timm {result['timm_s']:.2f} s, import timm, vim2 {result['both_s']:.2f} s: vim2 adds {extra:.3f} s;"
-              f" first forward of vim2_tiny in a new process {result['first_forward_s']:.2f} s")
+        print(f"import timm {result['timm_s']:.2f} s, import timm, vim2 {result['both_s']:.2f} s: vim2 adds "
+              f"{extra:.3f} s; first forward of vim2_tiny in a new process {result['first_forward_s']:.2f} s")
     return dict(benchmark='import', **result)
 
 

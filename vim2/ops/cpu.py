@@ -9,7 +9,10 @@ again. All sums have an order that depends on the shapes alone, so results do no
 Importing this module imports Numba; compiling takes seconds, once per machine (Numba caches the result on disk).
 """
 import ctypes
+import functools
+import mmap
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import List, Optional, Tuple
 
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
-    F32, LANES, VBYTES, copy4, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64,
+    F32, LANES, VBYTES, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64,
     transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vfma, vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset,
     vstore, vstore_as, vsub, vsum,
 )
@@ -92,6 +95,16 @@ def _offsets(tensor, rows, columns, steps, offsets):
         down &= offset == last - 4
         last = offset
     store_i64(offsets + 8 * CHUNK, 1 if up else -1 if down else 0)
+
+
+@_jit
+def _offsets_like(tensor, other, others, rows, columns, steps, offsets):
+    """:func:`_offsets`, or those of another tensor with the same strides; returns where they are."""
+    if (load_i64(tensor + STRIDE_H) == load_i64(other + STRIDE_H)
+            and load_i64(tensor + STRIDE_W) == load_i64(other + STRIDE_W)):
+        return others
+    _offsets(tensor, rows, columns, steps, offsets)
+    return offsets
 
 
 @_jit
@@ -171,14 +184,20 @@ def _store_tile(tensor, origin, offsets, steps, lanes, tile, accumulate):
 def _load_rows(tensor, origin, offsets, steps, states, rows):
     """B or C of one chunk and group as (steps, states) float32."""
     dtype, stride = load_i64(tensor + DTYPE), load_i64(tensor + STRIDE_N)
-    whole = states & ~3 if dtype == F32 and stride == 4 else 0
     for t in range(steps):
         source = origin + load_i64(offsets + 8 * t)
         target = rows + 4 * states * t
-        for n in range(0, whole, 4):
-            copy4(target + 4 * n, source + 4 * n)
-        for n in range(whole, states):
+        for n in range(states):
             store_f32(target + 4 * n, load_as(dtype, source + n * stride))
+
+
+@_jit
+def _view_rows(tensor, origin, offsets, steps, states, rows, identity):
+    """Where B or C of one chunk and group can be read, N float32 a step: in place, or in `rows`; as `_view_tile`."""
+    if load_i64(tensor + DTYPE) == F32 and load_i64(tensor + STRIDE_N) == 4:
+        return origin, offsets
+    _load_rows(tensor, origin, offsets, steps, states, rows)
+    return rows, identity
 
 
 @_jit
@@ -201,23 +220,6 @@ def _softplus(x):
 
 
 @_jit
-def _softplus_tile(p, tile, bias, steps, slope):
-    """In place: delta (+ bias) becomes dt. If `slope` is an address, d dt / d delta goes there."""
-    b = vload(bias)
-    one, zero = vset(ONE), vset(ZERO)
-    softplus = load_i64(p + SOFTPLUS)
-    for t in range(steps):
-        x = vadd(vload(tile + VBYTES * t), b)
-        if softplus:
-            e = vexp2(vmul(vabs(x), vset(-LOG2E)))
-            if slope:
-                r = vdiv(one, vadd(one, e))
-                vstore(slope + VBYTES * t, vselect_negative(x, vmul(e, r), r))
-            x = vadd(vmax(x, zero), vlog1p(e))
-        vstore(tile + VBYTES * t, x)
-
-
-@_jit
 def _silu_tile(tile, steps, slope):
     """In place: z becomes silu(z). If `slope` is an address, d silu / d z goes there."""
     one = vset(ONE)
@@ -232,8 +234,9 @@ def _silu_tile(tile, steps, slope):
 
 
 @_jit
-def _steps_forward(steps, states, dt, dtu, y, rows_b, rows_c, decay, h):
-    """The recurrence of one chunk and block: updates the states h (N, 16) and adds to y (steps, 16)."""
+def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, decay, h, skip, at_u, view_u):
+    """The recurrence of one chunk and block: updates the states h (N, 16) and writes y (steps, 16)."""
+    d_skip = vload(skip)
     n = 0
     while n + 4 <= states:
         o = VBYTES * n
@@ -243,14 +246,18 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, rows_c, decay, h):
         h2, h3 = vload(h + o + 2 * VBYTES), vload(h + o + 3 * VBYTES)
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
-            b, c = rows_b + 4 * (states * t + n), rows_c + 4 * (states * t + n)
+            b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(b)))
             h1 = vfma(vexp2(vmul(d, a1)), h1, vmul(x, vbroadcast(b + 4)))
             h2 = vfma(vexp2(vmul(d, a2)), h2, vmul(x, vbroadcast(b + 8)))
             h3 = vfma(vexp2(vmul(d, a3)), h3, vmul(x, vbroadcast(b + 12)))
             s = vfma(h1, vbroadcast(c + 4), vmul(h0, vbroadcast(c)))
             s = vfma(h3, vbroadcast(c + 12), vfma(h2, vbroadcast(c + 8), s))
-            vstore(y + VBYTES * t, vadd(vload(y + VBYTES * t), s))
+            if n == 0:
+                s = vfma(d_skip, vload(at_u + load_i64(view_u + 8 * t)), s)
+            else:
+                s = vadd(vload(y + VBYTES * t), s)
+            vstore(y + VBYTES * t, s)
         vstore(h + o, h0)
         vstore(h + o + VBYTES, h1)
         vstore(h + o + 2 * VBYTES, h2)
@@ -260,8 +267,13 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, rows_c, decay, h):
         a0, h0 = vload(decay + VBYTES * n), vload(h + VBYTES * n)
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
-            h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + 4 * (states * t + n))))
-            vstore(y + VBYTES * t, vfma(h0, vbroadcast(rows_c + 4 * (states * t + n)), vload(y + VBYTES * t)))
+            h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + load_i64(view_b + 8 * t) + 4 * n)))
+            s = vmul(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n))
+            if n == 0:
+                s = vfma(d_skip, vload(at_u + load_i64(view_u + 8 * t)), s)
+            else:
+                s = vadd(vload(y + VBYTES * t), s)
+            vstore(y + VBYTES * t, s)
         vstore(h + VBYTES * n, h0)
         n += 1
 
@@ -302,12 +314,12 @@ def _forward(p, worker):
 
     rows = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
     columns = rows + OFFSETS
-    off_u, off_delta, off_out = rows + 2 * OFFSETS, rows + 3 * OFFSETS, rows + 4 * OFFSETS
-    off_b, off_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
-    identity = rows + 8 * OFFSETS
-    tile_u = rows + 9 * OFFSETS
-    tile_dt, tile_y = tile_u + TILE, tile_u + 2 * TILE
-    rows_b = tile_u + 3 * TILE
+    off_u, off_delta, own_out = rows + 2 * OFFSETS, rows + 3 * OFFSETS, rows + 4 * OFFSETS
+    off_b, own_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
+    identity, identity_rows = rows + 8 * OFFSETS, rows + 9 * OFFSETS
+    tile_u = rows + 10 * OFFSETS
+    tile_dt, tile_y, tile_x = tile_u + TILE, tile_u + 2 * TILE, tile_u + 3 * TILE
+    rows_b = tile_u + 4 * TILE
     rows_c = rows_b + 4 * CHUNK * states
     skip = rows_c + 4 * CHUNK * states
     bias = skip + VBYTES * part_blocks
@@ -317,6 +329,7 @@ def _forward(p, worker):
     softplus = load_i64(p + SOFTPLUS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
+        store_i64(identity_rows + 8 * t, 4 * states * t)
     while True:
         job = fetch_add(p + NEXT_JOB)
         if job >= jobs:
@@ -333,12 +346,13 @@ def _forward(p, worker):
                 _positions(p, direction, chunk * CHUNK, steps, rows, columns)
                 _offsets(u, rows, columns, steps, off_u)
                 _offsets(delta, rows, columns, steps, off_delta)
-                _offsets(out, rows, columns, steps, off_out)
+                off_out = _offsets_like(out, u, off_u, rows, columns, steps, own_out)
                 _offsets(b_, rows, columns, steps, off_b)
-                _offsets(c_, rows, columns, steps, off_c)
+                off_c = _offsets_like(c_, b_, off_b, rows, columns, steps, own_c)
                 if load_i64(z):
                     _offsets(z, rows, columns, steps, off_z)
                 loaded = -1
+                at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
@@ -347,11 +361,12 @@ def _forward(p, worker):
                     state = h + VBYTES * (block - first) * states
                     if group != loaded:
                         loaded = group
-                        for tensor, per, offsets, target in (
-                                (b_, per_b, off_b, rows_b), (c_, per_c, off_c, rows_c)):
-                            _load_rows(tensor, load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
-                                       + k * load_i64(tensor + STRIDE_K)
-                                       + (group // per) * load_i64(tensor + STRIDE_G), offsets, steps, states, target)
+                        at_b, view_b = _view_rows(
+                            b_, load_i64(b_) + image * load_i64(b_ + STRIDE_B) + k * load_i64(b_ + STRIDE_K)
+                            + (group // per_b) * load_i64(b_ + STRIDE_G), off_b, steps, states, rows_b, identity_rows)
+                        at_c, view_c = _view_rows(
+                            c_, load_i64(c_) + image * load_i64(c_ + STRIDE_B) + k * load_i64(c_ + STRIDE_K)
+                            + (group // per_c) * load_i64(c_ + STRIDE_G), off_c, steps, states, rows_c, identity_rows)
                     if load_i64(p + SAVED):
                         saved = load_i64(p + SAVED) + VBYTES * states * (
                             ((image * directions + k) * chunks + chunk) * blocks + block)
@@ -366,7 +381,7 @@ def _forward(p, worker):
                         lanes, tile_dt, identity)
                     origin = load_i64(out) + image * load_i64(out + STRIDE_B) + channel * load_i64(out + STRIDE_E)
                     ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
-                    d, b = vload(skip + VBYTES * (block - first)), vload(bias + VBYTES * (block - first))
+                    b = vload(bias + VBYTES * (block - first))
                     for t in range(steps):
                         to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
                         prefetch(to_x + ahead)
@@ -376,10 +391,10 @@ def _forward(p, worker):
                         if softplus:
                             dt = _softplus(dt)
                         vstore(tile_dt + VBYTES * t, dt)
-                        vstore(tile_u + VBYTES * t, vmul(x, dt))
-                        vstore(tile_y + VBYTES * t, vmul(d, x))
-                    _steps_forward(steps, states, tile_dt, tile_u, tile_y, rows_b, rows_c,
-                                   decay + VBYTES * (block - first) * states, state)
+                        vstore(tile_x + VBYTES * t, vmul(x, dt))
+                    _steps_forward(steps, states, tile_dt, tile_x, tile_y, at_b, view_b, at_c, view_c,
+                                   decay + VBYTES * (block - first) * states, state,
+                                   skip + VBYTES * (block - first), at_u, view_u)
                     if load_i64(z) and k == directions - 1:
                         if k > 0:
                             _load_tile(out, origin, off_out, steps, lanes, tile_u)
@@ -406,9 +421,25 @@ def _forward(p, worker):
                                       load_f32(h + VBYTES * ((block - first) * states + n) + 4 * lane))
 
 
+@njit(inline='always')
+def _adjoint(keep, decay_keep, acc_b, acc_c, b, c, a, d, x, gy, h, g, s, sx, sd):
+    """One state's step of the adjoint recurrence, from h after the step and the adjoint g carried from the next one.
+
+    Returns h before the step, g to carry on, and the sums s (gradient of A), sx (of dt u) and sd (of dt).
+    """
+    vstore(acc_c, vfma(gy, h, vload(acc_c)))
+    g = vfma(gy, vbroadcast(c), g)
+    vstore(acc_b, vfma(g, x, vload(acc_b)))
+    sx = vfma(g, vbroadcast(b), sx)
+    h = vload(keep)
+    g = vmul(g, vload(decay_keep))
+    through_decay = vmul(g, h)
+    return h, g, vfma(through_decay, d, s), sx, vfma(through_decay, a, sd)
+
+
 @_jit
-def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b, rows_c, decay, h, carry, g_a,
-                    acc_b, acc_c, keep):
+def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c, decay, h,
+                    carry, g_a, acc_b, acc_c, keep):
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
     Adds to y, g_dtu (gradient of dt u), g_dt (gradient of dt through the decay), g_a, acc_b and acc_c (gradients of B
@@ -416,6 +447,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
     (steps, 2 * count) vectors: the state before each step and its decay.
     """
     o = VBYTES * n
+    ln2 = vset(LN2)
     if count == 4:
         a0, a1 = vload(decay + o), vload(decay + o + VBYTES)
         a2, a3 = vload(decay + o + 2 * VBYTES), vload(decay + o + 3 * VBYTES)
@@ -423,7 +455,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         h2, h3 = vload(h + 2 * VBYTES), vload(h + 3 * VBYTES)
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
-            b, c = rows_b + 4 * (states * t + n), rows_c + 4 * (states * t + n)
+            b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             k = keep + 8 * VBYTES * t
             vstore(k, h0)
             vstore(k + VBYTES, h1)
@@ -442,7 +474,6 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
                 s = vfma(h1, vbroadcast(c + 4), vmul(h0, vbroadcast(c)))
                 s = vfma(h3, vbroadcast(c + 12), vfma(h2, vbroadcast(c + 8), s))
                 vstore(y + VBYTES * t, vadd(vload(y + VBYTES * t), s))
-        ln2 = vset(LN2)
         a0, a1, a2, a3 = vmul(a0, ln2), vmul(a1, ln2), vmul(a2, ln2), vmul(a3, ln2)
         g0, g1 = vload(carry + o), vload(carry + o + VBYTES)
         g2, g3 = vload(carry + o + 2 * VBYTES), vload(carry + o + 3 * VBYTES)
@@ -450,52 +481,20 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         s2, s3 = vload(g_a + o + 2 * VBYTES), vload(g_a + o + 3 * VBYTES)
         for t in range(steps - 1, -1, -1):
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
-            b, c = rows_b + 4 * (states * t + n), rows_c + 4 * (states * t + n)
+            b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             k = keep + 8 * VBYTES * t
+            e = k + 4 * VBYTES
             to_b, to_c = acc_b + VBYTES * (states * t + n), acc_c + VBYTES * (states * t + n)
-            # state n: h is the state after the step, q the one before; g0 becomes its adjoint, then the carry
-            vstore(to_c, vfma(g, h0, vload(to_c)))
-            g0 = vfma(g, vbroadcast(c), g0)
-            vstore(to_b, vfma(g0, x, vload(to_b)))
-            sx = vmul(g0, vbroadcast(b))
-            h0 = vload(k)
-            g0 = vmul(g0, vload(k + 4 * VBYTES))
-            q = vmul(g0, h0)
-            s0 = vfma(q, d, s0)
-            sd = vmul(q, a0)
-
-            vstore(to_c + VBYTES, vfma(g, h1, vload(to_c + VBYTES)))
-            g1 = vfma(g, vbroadcast(c + 4), g1)
-            vstore(to_b + VBYTES, vfma(g1, x, vload(to_b + VBYTES)))
-            sx = vfma(g1, vbroadcast(b + 4), sx)
-            h1 = vload(k + VBYTES)
-            g1 = vmul(g1, vload(k + 5 * VBYTES))
-            q = vmul(g1, h1)
-            s1 = vfma(q, d, s1)
-            sd = vfma(q, a1, sd)
-
-            vstore(to_c + 2 * VBYTES, vfma(g, h2, vload(to_c + 2 * VBYTES)))
-            g2 = vfma(g, vbroadcast(c + 8), g2)
-            vstore(to_b + 2 * VBYTES, vfma(g2, x, vload(to_b + 2 * VBYTES)))
-            sx = vfma(g2, vbroadcast(b + 8), sx)
-            h2 = vload(k + 2 * VBYTES)
-            g2 = vmul(g2, vload(k + 6 * VBYTES))
-            q = vmul(g2, h2)
-            s2 = vfma(q, d, s2)
-            sd = vfma(q, a2, sd)
-
-            vstore(to_c + 3 * VBYTES, vfma(g, h3, vload(to_c + 3 * VBYTES)))
-            g3 = vfma(g, vbroadcast(c + 12), g3)
-            vstore(to_b + 3 * VBYTES, vfma(g3, x, vload(to_b + 3 * VBYTES)))
-            sx = vfma(g3, vbroadcast(b + 12), sx)
-            h3 = vload(k + 3 * VBYTES)
-            g3 = vmul(g3, vload(k + 7 * VBYTES))
-            q = vmul(g3, h3)
-            s3 = vfma(q, d, s3)
-            sd = vfma(q, a3, sd)
-
-            vstore(g_dtu + VBYTES * t, vadd(vload(g_dtu + VBYTES * t), sx))
-            vstore(g_dt + VBYTES * t, vadd(vload(g_dt + VBYTES * t), sd))
+            sx, sd = vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)
+            h0, g0, s0, sx, sd = _adjoint(k, e, to_b, to_c, b, c, a0, d, x, g, h0, g0, s0, sx, sd)
+            h1, g1, s1, sx, sd = _adjoint(k + VBYTES, e + VBYTES, to_b + VBYTES, to_c + VBYTES, b + 4, c + 4, a1, d, x,
+                                          g, h1, g1, s1, sx, sd)
+            h2, g2, s2, sx, sd = _adjoint(k + 2 * VBYTES, e + 2 * VBYTES, to_b + 2 * VBYTES, to_c + 2 * VBYTES, b + 8,
+                                          c + 8, a2, d, x, g, h2, g2, s2, sx, sd)
+            h3, g3, s3, sx, sd = _adjoint(k + 3 * VBYTES, e + 3 * VBYTES, to_b + 3 * VBYTES, to_c + 3 * VBYTES, b + 12,
+                                          c + 12, a3, d, x, g, h3, g3, s3, sx, sd)
+            vstore(g_dtu + VBYTES * t, sx)
+            vstore(g_dt + VBYTES * t, sd)
         vstore(carry + o, g0)
         vstore(carry + o + VBYTES, g1)
         vstore(carry + o + 2 * VBYTES, g2)
@@ -508,27 +507,24 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         a0, h0 = vload(decay + o), vload(h)
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
-            vstore(keep + 2 * VBYTES * t, h0)
+            k = keep + 2 * VBYTES * t
+            vstore(k, h0)
             e0 = vexp2(vmul(d, a0))
-            vstore(keep + 2 * VBYTES * t + VBYTES, e0)
-            h0 = vfma(e0, h0, vmul(x, vbroadcast(rows_b + 4 * (states * t + n))))
+            vstore(k + VBYTES, e0)
+            h0 = vfma(e0, h0, vmul(x, vbroadcast(rows_b + load_i64(view_b + 8 * t) + 4 * n)))
             if y:
-                vstore(y + VBYTES * t, vfma(h0, vbroadcast(rows_c + 4 * (states * t + n)), vload(y + VBYTES * t)))
-        a0 = vmul(a0, vset(LN2))
+                c = rows_c + load_i64(view_c + 8 * t) + 4 * n
+                vstore(y + VBYTES * t, vfma(h0, vbroadcast(c), vload(y + VBYTES * t)))
+        a0 = vmul(a0, ln2)
         g0, s0 = vload(carry + o), vload(g_a + o)
         for t in range(steps - 1, -1, -1):
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
-            to_b, to_c = acc_b + VBYTES * (states * t + n), acc_c + VBYTES * (states * t + n)
-            vstore(to_c, vfma(g, h0, vload(to_c)))
-            g0 = vfma(g, vbroadcast(rows_c + 4 * (states * t + n)), g0)
-            vstore(to_b, vfma(g0, x, vload(to_b)))
-            sx = vmul(g0, vbroadcast(rows_b + 4 * (states * t + n)))
-            h0 = vload(keep + 2 * VBYTES * t)
-            g0 = vmul(g0, vload(keep + 2 * VBYTES * t + VBYTES))
-            q = vmul(g0, h0)
-            s0 = vfma(q, d, s0)
-            vstore(g_dtu + VBYTES * t, vadd(vload(g_dtu + VBYTES * t), sx))
-            vstore(g_dt + VBYTES * t, vfma(q, a0, vload(g_dt + VBYTES * t)))
+            b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
+            k, at = keep + 2 * VBYTES * t, VBYTES * (states * t + n)
+            h0, g0, s0, sx, sd = _adjoint(k, k + VBYTES, acc_b + at, acc_c + at, b, c, a0, d, x, g, h0, g0, s0,
+                                          vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t))
+            vstore(g_dtu + VBYTES * t, sx)
+            vstore(g_dt + VBYTES * t, sd)
         vstore(carry + o, g0)
         vstore(g_a + o, s0)
 
@@ -564,7 +560,8 @@ def _backward(p, worker):
     off_b, off_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
     off_gu, off_gdelta, off_gz = rows + 8 * OFFSETS, rows + 9 * OFFSETS, rows + 10 * OFFSETS
     off_gb, off_gc = rows + 11 * OFFSETS, rows + 12 * OFFSETS
-    tile_u = rows + 13 * OFFSETS
+    identity, identity_rows = rows + 13 * OFFSETS, rows + 14 * OFFSETS
+    tile_u = rows + 15 * OFFSETS
     tile_dt, tile_slope, tile_x = tile_u + TILE, tile_u + 2 * TILE, tile_u + 3 * TILE
     tile_gy, tile_gx, tile_gdt = tile_u + 4 * TILE, tile_u + 5 * TILE, tile_u + 6 * TILE
     tile_y, tile_z = tile_u + 7 * TILE, tile_u + 8 * TILE
@@ -582,6 +579,10 @@ def _backward(p, worker):
     sum_a = carry + VBYTES * part_blocks * states
 
     _fill(acc_b, 2 * CHUNK * states)
+    softplus = load_i64(p + SOFTPLUS)
+    for t in range(CHUNK):
+        store_i64(identity + 8 * t, VBYTES * t)
+        store_i64(identity_rows + 8 * t, 4 * states * t)
     while True:
         job = fetch_add(p + NEXT_JOB)
         if job >= jobs:
@@ -618,6 +619,7 @@ def _backward(p, worker):
                     _offsets(z, rows, columns, steps, off_z)
                     _offsets(g_z, rows, columns, steps, off_gz)
                 loaded = -1
+                at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
@@ -629,19 +631,22 @@ def _backward(p, worker):
                             _flush(p, part, image, k, loaded // per_b, loaded // per_c, off_gb, off_gc, steps, acc_b,
                                    acc_c)
                         loaded = group
-                        for tensor, per, offsets, target in (
-                                (b_, per_b, off_b, rows_b), (c_, per_c, off_c, rows_c)):
-                            _load_rows(tensor, load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
-                                       + k * load_i64(tensor + STRIDE_K)
-                                       + (group // per) * load_i64(tensor + STRIDE_G), offsets, steps, states, target)
-                    _load_tile(u, load_i64(u) + image * load_i64(u + STRIDE_B) + channel * load_i64(u + STRIDE_E),
-                               off_u, steps, lanes, tile_u)
-                    _load_tile(delta, load_i64(delta) + image * load_i64(delta + STRIDE_B)
-                               + k * load_i64(delta + STRIDE_K) + channel * load_i64(delta + STRIDE_E),
-                               off_delta, steps, lanes, tile_dt)
-                    _softplus_tile(p, tile_dt, bias + VBYTES * j, steps, tile_slope)
-                    _load_tile(g_out, load_i64(g_out) + image * load_i64(g_out + STRIDE_B)
-                               + channel * load_i64(g_out + STRIDE_E), off_out, steps, lanes, tile_gy)
+                        at_b, view_b = _view_rows(
+                            b_, load_i64(b_) + image * load_i64(b_ + STRIDE_B) + k * load_i64(b_ + STRIDE_K)
+                            + (group // per_b) * load_i64(b_ + STRIDE_G), off_b, steps, states, rows_b, identity_rows)
+                        at_c, view_c = _view_rows(
+                            c_, load_i64(c_) + image * load_i64(c_ + STRIDE_B) + k * load_i64(c_ + STRIDE_K)
+                            + (group // per_c) * load_i64(c_ + STRIDE_G), off_c, steps, states, rows_c, identity_rows)
+                    at_u, view_u = _view_tile(
+                        u, load_i64(u) + image * load_i64(u + STRIDE_B) + channel * load_i64(u + STRIDE_E), off_u,
+                        steps, lanes, tile_u, identity)
+                    at_dt, view_dt = _view_tile(
+                        delta, load_i64(delta) + image * load_i64(delta + STRIDE_B)
+                        + k * load_i64(delta + STRIDE_K) + channel * load_i64(delta + STRIDE_E), off_delta, steps,
+                        lanes, tile_dt, identity)
+                    at_gy, view_gy = _view_tile(
+                        g_out, load_i64(g_out) + image * load_i64(g_out + STRIDE_B)
+                        + channel * load_i64(g_out + STRIDE_E), off_out, steps, lanes, tile_gy, identity)
                     d = vload(skip + VBYTES * j)
                     y = 0
                     if load_i64(z):
@@ -650,18 +655,39 @@ def _backward(p, worker):
                         _load_tile(z, load_i64(z) + image * load_i64(z + STRIDE_B) + channel * load_i64(z + STRIDE_E),
                                    off_z, steps, lanes, tile_x)
                         _silu_tile(tile_x, steps, tile_z)
-                        for t in range(0, VBYTES * steps, VBYTES):
-                            g = vload(tile_gy + t)
-                            vstore(tile_z + t, vmul(vload(tile_z + t), g))
-                            vstore(tile_gy + t, vmul(vload(tile_x + t), g))
-                            vstore(tile_y + t, vmul(d, vload(tile_u + t)))
-                    sd = vload(sum_d + VBYTES * j)
-                    for t in range(0, VBYTES * steps, VBYTES):
-                        x = vload(tile_u + t)
-                        sd = vfma(x, vload(tile_gy + t), sd)
-                        vstore(tile_x + t, vmul(x, vload(tile_dt + t)))
-                        vstore(tile_gx + t, vset(ZERO))
-                        vstore(tile_gdt + t, vset(ZERO))
+                        for t in range(steps):
+                            o = VBYTES * t
+                            g = vload(at_gy + load_i64(view_gy + 8 * t))
+                            vstore(tile_z + o, vmul(vload(tile_z + o), g))
+                            vstore(tile_gy + o, vmul(vload(tile_x + o), g))
+                            vstore(tile_y + o, vmul(d, vload(at_u + load_i64(view_u + 8 * t))))
+                        at_gy, view_gy = tile_gy, identity
+                    to_gu = load_i64(g_u) + image * load_i64(g_u + STRIDE_B) + channel * load_i64(g_u + STRIDE_E)
+                    to_gdelta = (load_i64(g_delta) + image * load_i64(g_delta + STRIDE_B)
+                                 + k * load_i64(g_delta + STRIDE_K) + channel * load_i64(g_delta + STRIDE_E))
+                    sd, b, zero, one = vload(sum_d + VBYTES * j), vload(bias + VBYTES * j), vset(ZERO), vset(ONE)
+                    ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
+                    for t in range(steps):
+                        o = VBYTES * t
+                        to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
+                        to_g = at_gy + load_i64(view_gy + 8 * t)
+                        prefetch(to_x + ahead)
+                        prefetch(to_dt + ahead)
+                        prefetch(to_g + ahead)
+                        prefetch(to_gu + load_i64(off_gu + 8 * t))
+                        prefetch(to_gdelta + load_i64(off_gdelta + 8 * t))
+                        x, dt, g = vload(to_x), vadd(vload(to_dt), b), vload(to_g)
+                        if softplus:
+                            e = vexp2(vmul(vabs(dt), vset(-LOG2E)))
+                            r = vdiv(one, vadd(one, e))
+                            vstore(tile_slope + o, vselect_negative(dt, vmul(e, r), r))
+                            dt = vadd(vmax(dt, zero), vlog1p(e))
+                        sd = vfma(x, g, sd)
+                        vstore(tile_dt + o, dt)
+                        vstore(tile_x + o, vmul(x, dt))
+                        vstore(tile_gy + o, g)
+                        vstore(tile_gx + o, zero)
+                        vstore(tile_gdt + o, zero)
                     vstore(sum_d + VBYTES * j, sd)
                     saved = load_i64(p + SAVED) + VBYTES * states * (
                         ((image * directions + k) * chunks + chunk) * blocks + block)
@@ -669,26 +695,23 @@ def _backward(p, worker):
                     while n < states:
                         count = 4 if n + 4 <= states else 1
                         _steps_backward(
-                            steps, states, n, count, tile_dt, tile_x, y, tile_gy, tile_gx, tile_gdt, rows_b, rows_c,
-                            decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
+                            steps, states, n, count, tile_dt, tile_x, y, tile_gy, tile_gx, tile_gdt, at_b, view_b,
+                            at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
                             sum_a + VBYTES * j * states, acc_b, acc_c, keep)
                         n += count
                     sb = vload(sum_bias + VBYTES * j)
-                    softplus = load_i64(p + SOFTPLUS)
-                    for t in range(0, VBYTES * steps, VBYTES):
-                        gx = vload(tile_gx + t)
-                        g = vfma(gx, vload(tile_u + t), vload(tile_gdt + t))
+                    for t in range(steps):
+                        o = VBYTES * t
+                        gx = vload(tile_gx + o)
+                        g = vfma(gx, vload(at_u + load_i64(view_u + 8 * t)), vload(tile_gdt + o))
                         if softplus:
-                            g = vmul(g, vload(tile_slope + t))
+                            g = vmul(g, vload(tile_slope + o))
                         sb = vadd(sb, g)
-                        vstore(tile_gdt + t, g)
-                        vstore(tile_gx + t, vfma(gx, vload(tile_dt + t), vmul(d, vload(tile_gy + t))))
+                        vstore(tile_gdt + o, g)
+                        vstore(tile_gx + o, vfma(gx, vload(tile_dt + o), vmul(d, vload(tile_gy + o))))
                     vstore(sum_bias + VBYTES * j, sb)
-                    _store_tile(g_u, load_i64(g_u) + image * load_i64(g_u + STRIDE_B)
-                                + channel * load_i64(g_u + STRIDE_E), off_gu, steps, lanes, tile_gx, k > 0)
-                    _store_tile(g_delta, load_i64(g_delta) + image * load_i64(g_delta + STRIDE_B)
-                                + k * load_i64(g_delta + STRIDE_K) + channel * load_i64(g_delta + STRIDE_E),
-                                off_gdelta, steps, lanes, tile_gdt, False)
+                    _store_tile(g_u, to_gu, off_gu, steps, lanes, tile_gx, k > 0)
+                    _store_tile(g_delta, to_gdelta, off_gdelta, steps, lanes, tile_gdt, False)
                     if load_i64(z):
                         for t in range(0, VBYTES * steps, VBYTES):
                             vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_z + t)))
@@ -718,15 +741,21 @@ def _flush(p, part, image, k, group_b, group_c, off_b, off_c, steps, acc_b, acc_
                     + group * load_i64(tensor + STRIDE_G), offsets, steps, states, acc)
 
 
-# Entry points in C's calling convention: torch's own OpenMP threads can call them without Python.
-@cfunc(types.void(types.int64), cache=True, error_model='numpy')
 def _forward_entry(p):
     _forward(p, fetch_add(p + NEXT_WORKER))
 
 
-@cfunc(types.void(types.int64), cache=True, error_model='numpy')
 def _backward_entry(p):
     _backward(p, fetch_add(p + NEXT_WORKER))
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(entry):
+    """An entry point in C's calling convention: torch's own OpenMP threads can call it, without Python.
+
+    Compiled when it is first needed, so that who only runs models does not wait for the backward.
+    """
+    return cfunc(types.void(types.int64), cache=True, error_model='numpy')(entry)
 
 
 _ENTRY_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
@@ -761,7 +790,7 @@ _pools = {}
 
 def _run(entry, fields: np.ndarray, workers: int) -> None:
     """Run an entry point on `workers` threads; each takes jobs until there are none left."""
-    address = fields.ctypes.data
+    entry, address = _compiled(entry), fields.ctypes.data
     if workers == 1:
         _ENTRY_TYPE(entry.address)(address)
     elif _openmp is not None:
@@ -815,8 +844,9 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of
 
 
 def _forward_parts(batch: int, blocks: int) -> int:
-    # Any cut gives the same result: enough jobs for every thread, with some to even out.
-    return max(1, min(blocks, -(-4 * torch.get_num_threads() // batch)))
+    # Any cut gives the same result. Each reads B and C anew: no more cuts than it takes to keep the threads busy.
+    threads = torch.get_num_threads()
+    return max(1, min(blocks, -(-2 * threads // batch))) if threads > 1 else 1
 
 
 def _backward_parts(batch: int, blocks: int) -> int:
@@ -825,18 +855,45 @@ def _backward_parts(batch: int, blocks: int) -> int:
 
 
 def _forward_scratch(blocks: int, states: int) -> int:
-    return 9 * OFFSETS + 3 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
+    return 10 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
-    return 13 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (4 + 3 * states)
+    return 15 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (4 + 3 * states)
+
+
+_HUGE = 32 << 20  # glibc never recycles blocks larger than this: each comes fresh from the system
+_MADV_HUGEPAGE = 14
+
+
+@functools.lru_cache(maxsize=None)
+def _madvise():
+    """Linux's madvise, or None elsewhere."""
+    function = getattr(ctypes.CDLL(None), 'madvise', None) if sys.platform == 'linux' else None
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _fresh(t: Tensor) -> Tensor:
+    """Ask the system to back a large new tensor by huge pages, where it gives them to who asks.
+
+    Half of the backward's time would else go into page faults, one for every 4 KB of gradient. It is advice: a system
+    that does not take it returns an error, which means nothing here.
+    """
+    size = t.numel() * t.element_size()
+    if size >= _HUGE and _madvise() is not None:
+        page = mmap.PAGESIZE
+        start = -(-t.data_ptr() // page) * page
+        _madvise()(start, (t.data_ptr() + size - start) // page * page, _MADV_HUGEPAGE)
+    return t
 
 
 def _sum_buffer(like: Tensor, directions: List[int]) -> Tensor:
     """Where a sum over directions is formed: the result itself, or in float32 if its dtype is narrower."""
     if len(directions) == 1 or like.dtype == torch.float32:
-        return torch.empty_like(like)
-    return torch.empty_like(like, dtype=torch.float32)
+        return _fresh(torch.empty_like(like))
+    return _fresh(torch.empty_like(like, dtype=torch.float32))
 
 
 def forward(
@@ -849,7 +906,7 @@ def forward(
                                            _forward_parts, _forward_scratch)
     out = _sum_buffer(u, directions)
     last = torch.empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,))
-    states = torch.empty(states_shape(u, A, B, C) if save_states else (0,))
+    states = _fresh(torch.empty(states_shape(u, A, B, C) if save_states else (0,)))
     _describe(fields, OUT, out, 'behw')
     if want_last_state:
         _describe(fields, LAST, last, 'bken')
@@ -874,7 +931,7 @@ def backward(
         grad_out = grad_out.float()
     if grad_last is not None:
         grad_last = grad_last.float()
-    grad_u, grad_delta = _sum_buffer(u, directions), torch.empty_like(delta)
+    grad_u, grad_delta = _sum_buffer(u, directions), _fresh(torch.empty_like(delta))
     grad_z = None if z is None else _sum_buffer(z, directions)
     grad_A, grad_D, grad_bias = torch.empty(batch, k, dim, n), torch.empty(batch, k, dim), torch.empty(batch, k, dim)
     # zeros: parts that hold no block of a group leave its slice as it is

@@ -2,7 +2,7 @@
 
 Both public functions are views of one canonical operator, `torch.ops.vim2.scan`:
 
-    u (B, E, H, W)   delta (B, K, E, H, W)   A (K, E, N)   B, C (B, K, G, N, H, W)   D, delta_bias (K, E)   z (B, E, H, W)
+    u, z (B, E, H, W)   delta (B, K, E, H, W)   A (K, E, N)   B, C (B, K, G, N, H, W)   D, delta_bias (K, E)
 
 For each of K scan directions (0 row-major, 1 column-major, 2 reversed row-major, 3 reversed column-major), with t in
 that direction's order, dt = softplus(delta + delta_bias) and g the group of channel e:
@@ -335,8 +335,8 @@ def map_scan(
         _check_map(x, delta, A, B, C, D, delta_bias)
     directions = [0, 1, 2, 3]
     out, _, _ = torch.ops.vim2.scan(
-        x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias, delta_softplus, directions[:A.shape[0]], False,
-        _needs_grad([x, delta, A, B, C, D, delta_bias]), 'auto' if backend is None else backend)
+        x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias, delta_softplus, directions[:A.shape[0]],
+        False, _needs_grad([x, delta, A, B, C, D, delta_bias]), 'auto' if backend is None else backend)
     return out
 
 

@@ -196,16 +196,6 @@ def store_i64(typingctx, address, value):
 
 
 @intrinsic
-def copy4(typingctx, target, source):
-    """Copy four float32."""
-    def codegen(context, builder, sig, args):
-        four = ir.VectorType(_F32, 4)
-        _store(builder, _load(builder, args[1], four, 4), args[0], 4)
-        return context.get_dummy_value()
-    return types.none(types.int64, types.int64), codegen
-
-
-@intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at an address, for reading; any address is allowed."""
     def codegen(context, builder, sig, args):
