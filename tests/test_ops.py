@@ -341,7 +341,10 @@ def test_compile(tensors):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_export_dynamic(tensors):
+@pytest.mark.parametrize('requires_grad', [False, True])
+def test_export_dynamic(tensors, requires_grad):
+    """Also where the states for a backward are part of the program, and the example has a single chunk of them."""
+    tensors[0].requires_grad_(requires_grad)
     batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ('batch', 'height', 'width'))
     dynamic = ({0: batch, 2: height, 3: width}, {0: batch, 3: height, 4: width}, None,
                {0: batch, 3: height, 4: width}, {0: batch, 3: height, 4: width})

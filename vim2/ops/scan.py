@@ -145,11 +145,14 @@ def channel_blocks(dim: int, groups_b: int, groups_c: int) -> Tuple[int, int, in
     return groups, width, (width + 15) // 16
 
 
-def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int, int, int, int, int, int]:
-    """Shape of the states that the CPU backend saves for its backward: (B, K, chunks, blocks, N, 16)."""
+def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
+    """Shape of the states that the CPU backend saves for its backward: (B, K, chunks, blocks, N, 16), flattened.
+
+    One dimension, because torch.export fixes a dimension that happens to be 1, and at small images `chunks` is.
+    """
     chunks = (u.shape[2] * u.shape[3] + CHUNK - 1) // CHUNK
     groups, _, blocks = channel_blocks(u.shape[1], B.shape[2], C.shape[2])
-    return u.shape[0], A.shape[0], chunks, groups * blocks, A.shape[2], 16
+    return (u.shape[0] * A.shape[0] * chunks * groups * blocks * A.shape[2] * 16,)
 
 
 @_scan.register_fake

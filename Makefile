@@ -1,0 +1,42 @@
+# make demo | test | lint | bench: each sets itself up on a fresh clone; needs Python 3.10+ with venv, and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SCAN_ARGS ?=
+BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## install the package and what it needs into .venv
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than Python 3.10: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): PyTorch is large, this takes some minutes"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "compiling the CPU scan"
+	@$(PY) -c "import timm, torch, vim2; torch.set_grad_enabled(False); timm.create_model('vim2_nano_patch2_32').eval()(torch.zeros(1, 3, 32, 32))"
+	@touch $@
+
+demo: $(STAMP)  ## classify a photograph with the bundled weights, offline
+	HF_HUB_OFFLINE=1 $(PY) tools/predict.py tools/assets/chelsea.jpg --annotate demo_output
+
+lint: $(STAMP)  ## ruff
+	$(PY) -m ruff check .
+
+test: lint  ## lint and all tests
+	$(PY) -m pytest -q
+
+bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON
+	$(PY) tools/benchmark.py scan $(SCAN_ARGS) --json
+	$(PY) tools/benchmark.py model $(BENCH_MODELS) --json
+
+clean:  ## remove .venv and everything that was generated
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""Packaging of vim2."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+EXTRAS = {
+    # what tools/*.py import beyond the package itself
+    'tools': ['pillow>=10.1', 'pyyaml>=6.0', 'tqdm>=4.60'],
+    # detection and segmentation: the maintained forks, which keep the import names mmengine, mmdet and mmseg; mmcv
+    # with its compiled operators must be built, because its wheels come without them
+    'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
+    'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
+    'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'neuralforecast>=3.0'],
+}
+EXTRAS['dev'] = EXTRAS['tools'] + ['pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'matplotlib>=3.7', 'psutil>=5.9']
+
+setup(
+    name='vim2',
+    version=re.search(r"^__version__ = '(.+)'$", (ROOT / 'vim2/__init__.py').read_text(encoding='utf-8'), re.M)[1],
+    description='MambaMixer and Vision MambaMixer (ViM2): timm models on a fused selective scan',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+    packages=find_packages(include=['vim2', 'vim2.*']),
+    package_data={'vim2': ['weights/*.safetensors', 'weights/*.json']},
+    python_requires='>=3.10',
+    install_requires=[
+        'torch>=2.6',
+        'torchvision>=0.21',
+        'timm>=1.0.26',
+        'numba>=0.60',
+        'numpy>=1.26',
+        'safetensors>=0.4',
+        'huggingface_hub>=0.23',
+    ],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,398 @@
+"""What the command-line tools share: errors, YAML recipes, models, checkpoints, devices.
+
+Everything here is plain plumbing around timm; the data side is in `_data.py`.
+"""
+import argparse
+import difflib
+import json
+import os
+import pickle
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+# What unreadable, truncated, foreign or unsafe weight files raise in torch, pickle, zip and safetensors.
+_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, AssertionError,
+                pickle.UnpicklingError, SafetensorError)
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend: shown as one line, without a traceback, exit code 2."""
+
+
+def run(main: Callable[[], Optional[int]]) -> None:
+    """Run a tool's `main` and leave the process with its exit code."""
+    prog = os.path.basename(sys.argv[0])
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as e:
+        text = str(e)
+        if text.startswith('Caught UserError in'):  # from a DataLoader worker: its last line is the message
+            text = text.rstrip().splitlines()[-1].partition('UserError: ')[2]
+        print(f'{prog}: error: {text}', file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f'{prog}: interrupted', file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `tool | head`: nobody is left to read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """The message of an exception on one line, with its type when it has no message."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit - 1] + '…'
+
+
+def register_models() -> None:
+    """Register ViM2's models with timm."""
+    try:
+        import vim2  # noqa: F401
+    except ModuleNotFoundError as e:
+        if e.name != 'vim2':
+            raise
+        raise UserError('the vim2 package is not installed in this Python: run `pip install -e .` in the repository '
+                        'root, or `pip install vim2`') from None
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default wherever there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        if action.default in (None, False, '', {}) or 'default' in (action.help or ''):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class KeyValue(argparse.Action):
+    """`--opt a=1 b=text` as a dict; a value is a Python literal where it parses as one, else text."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import ast
+        out = {}
+        for item in values:
+            key, sep, value = item.partition('=')
+            if not sep or not key:
+                parser.error(f'argument {option_string}: expected KEY=VALUE, got {item!r}')
+            try:
+                out[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                out[key] = value
+        setattr(namespace, self.dest, out)
+
+
+def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
+    """Refuse options below `least`; None is fine."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f'--{name.replace("_", "-")} must be at least {least:g}, got {value:g}')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of tools that run a trained model."""
+    g = parser.add_argument_group('model')
+    g.add_argument('-m', '--model', default='vim2_nano_patch2_32.cifar10', metavar='NAME',
+                   help='timm model name, with pretrained tag where it has one; hf-hub:USER/NAME or local-dir:PATH')
+    g.add_argument('--checkpoint', metavar='FILE',
+                   help='weights (.safetensors, .pth, .pth.tar) instead of the pretrained ones')
+    g.add_argument('--no-ema', action='store_true',
+                   help='take the plain weights where the checkpoint has averaged ones too')
+    g.add_argument('--num-classes', type=int, metavar='N', help="outputs (default: the model's)")
+    g.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='K=V',
+                   help='further model arguments')
+    g = parser.add_argument_group('preprocessing')
+    g.add_argument('--img-size', type=int, nargs='+', metavar='PX', help="H [W] in pixels (default: the model's)")
+    g.add_argument('--crop-pct', type=float, metavar='X',
+                   help="part of the resized image that is kept (default: the model's)")
+    g.add_argument('--crop-mode', choices=('center', 'squash', 'border'),
+                   help="how it is cut out (default: the model's)")
+    g.add_argument('--interpolation', metavar='NAME', help="resizing (default: the model's)")
+    g.add_argument('--mean', type=float, nargs='+', metavar='X', help="channel means, range 0-1 (default: the model's)")
+    g.add_argument('--std', type=float, nargs='+', metavar='X', help="channel deviations (default: the model's)")
+
+
+def add_precision_arguments(group) -> None:
+    group.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
+    group.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='automatic mixed precision')
+    group.add_argument('--amp-dtype', default='bfloat16', choices=tuple(AMP_DTYPES), help='its low precision')
+
+
+# ---------------------------------------------------------------------------------------------------- YAML recipes
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    """One value of a recipe, checked and converted as its command-line option would be."""
+    name = action.dest
+
+    def scalar(v):
+        if action.type is not None and not isinstance(v, bool):
+            try:
+                v = action.type(v if isinstance(v, str) else repr(v) if isinstance(v, float) else str(v))
+            except (TypeError, ValueError, argparse.ArgumentTypeError) as e:
+                raise UserError(f'{where}: {name}: {one_line(e)}') from None
+        elif action.type is not None:
+            raise UserError(f'{where}: {name}: expected a {action.type.__name__}, got {v!r}')
+        elif not isinstance(v, str):
+            raise UserError(f'{where}: {name}: expected text, got {v!r}')
+        if action.choices is not None and v not in action.choices:
+            raise UserError(f'{where}: {name}: {v!r} is not one of {", ".join(map(str, action.choices))}')
+        return v
+
+    if value is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f'{where}: {name}: expected true or false, got {value!r}')
+        return value
+    if isinstance(action, KeyValue):
+        if not isinstance(value, dict):
+            raise UserError(f'{where}: {name}: expected a mapping, got {value!r}')
+        return value
+    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
+        values = value if isinstance(value, list) else [value]
+        if isinstance(action.nargs, int) and len(values) != action.nargs:
+            raise UserError(f'{where}: {name}: expected {action.nargs} values, got {value!r}')
+        return [scalar(v) for v in values]
+    if isinstance(value, (list, dict)):
+        raise UserError(f'{where}: {name}: expected one value, got {value!r}')
+    return scalar(value)
+
+
+def apply_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any], where: str) -> None:
+    """Make `values` the parser's defaults, after checking names and types; `where` names their source."""
+    actions = {a.dest: a for a in parser._actions if a.dest != 'help'}
+    out = {}
+    for key, value in values.items():
+        action = actions.get(str(key).replace('-', '_'))
+        if action is None:
+            close = difflib.get_close_matches(str(key), actions, n=1)
+            raise UserError(f'{where}: unknown option {key!r}' + (f' (did you mean {close[0]!r}?)' if close else ''))
+        out[action.dest] = _convert(action, value, where)
+    parser.set_defaults(**out)
+
+
+def read_recipe(path: str) -> Dict[str, Any]:
+    """A YAML recipe: one mapping of option names to values."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            recipe = yaml.safe_load(f)
+    except OSError as e:
+        raise UserError(f'cannot read the recipe {path}: {e.strerror or e}') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f'{path} is not a YAML file: {one_line(e)}') from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise UserError(f'{path}: expected a mapping of options to values, got a {type(recipe).__name__}')
+    return recipe
+
+
+# ------------------------------------------------------------------------------------------------- device, precision
+
+def default_device() -> str:
+    """The accelerator that this torch sees, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return 'cpu'
+
+
+def check_device(name: str) -> torch.device:
+    """The named device, proven to work."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f'device {name!r} cannot be used here: {one_line(e, 160)}') from None
+    return device
+
+
+AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def autocast(device: torch.device, amp: bool, dtype: str):
+    """A factory of autocast contexts (or of empty ones)."""
+    if not amp:
+        return nullcontext
+    return lambda: torch.autocast(device_type=device.type, dtype=AMP_DTYPES[dtype])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next is honest."""
+    if device.type not in ('cpu', 'meta'):
+        torch.accelerator.synchronize(device)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+def create_model(name: str, **kwargs):
+    """`timm.create_model` with errors that say what to do."""
+    import timm
+    register_models()
+    if not name.startswith(_PREFIXES) and not timm.is_model(name.split('.')[0]):
+        close = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
+        raise UserError(f'unknown model {name!r}' + (f': did you mean {", ".join(close)}?' if close else
+                                                     ': `timm.list_models()` lists the names'))
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as e:  # network and hub libraries raise types of their own
+        expected = kwargs.get('pretrained') or name.startswith(_PREFIXES) or isinstance(e, (TypeError, RuntimeError))
+        if not expected:
+            raise
+        raise UserError(f'cannot create {name!r}: {one_line(e)}') from e
+
+
+def read_checkpoint(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
+    """The weights in a .safetensors, .pth or .pth.tar file (EMA weights where there are any and they are wanted).
+
+    Nothing in the file is executed: safetensors, or torch.load with weights_only=True.
+    """
+    from timm.models import load_state_dict
+    if not os.path.isfile(path):
+        what = 'is a folder, not a file' if os.path.isdir(path) else 'does not exist'
+        hint = f" (a folder with config.json and model.safetensors is a model: --model local-dir:{path})" \
+            if os.path.isfile(os.path.join(path, 'config.json')) else ''
+        raise UserError(f'checkpoint {path} {what}{hint}')
+    try:
+        state = load_state_dict(path, use_ema=use_ema, device='cpu', weights_only=True)
+    except _LOAD_ERRORS as e:
+        raise UserError(f'cannot read the checkpoint {path}: it is damaged, truncated or not a weights file '
+                        f'({one_line(e, 200)})') from None
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f'{path} holds no state dict of tensors')
+    return state
+
+
+def _some(keys: Sequence[str], limit: int = 4) -> str:
+    keys = list(keys)
+    return ', '.join(keys[:limit]) + (f', … ({len(keys)} in all)' if len(keys) > limit else '')
+
+
+def load_weights(model: torch.nn.Module, path: str, name: str, use_ema: bool = True) -> None:
+    """Load a checkpoint into a model; every key and shape must match, and the error names those that do not."""
+    state = read_checkpoint(path, use_ema)
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    shapes = [f'{k} {tuple(state[k].shape)} for {tuple(v.shape)}' for k, v in own.items()
+              if k in state and state[k].shape != v.shape]
+    problems = [f'{label}: {_some(keys)}' for label, keys in
+                (('missing keys', missing), ('unexpected keys', unexpected), ('other shapes', shapes)) if keys]
+    if problems:
+        classifier = model.pretrained_cfg.get('classifier') if hasattr(model, 'pretrained_cfg') else None
+        rows = {len(state[k]) for k in own if isinstance(classifier, str) and k.startswith(classifier) and k in state}
+        hint = ''
+        if len(rows) == 1 and rows != {getattr(model, 'num_classes', None)}:
+            hint = f' (the checkpoint has {rows.pop()} classes: --num-classes)'
+        raise UserError(f'{path} does not fit {name}: ' + '; '.join(problems) + hint)
+    model.load_state_dict(state, strict=True)
+
+
+def trained_model(args: argparse.Namespace) -> torch.nn.Module:
+    """The model that `add_model_arguments` describes: pretrained, or with the weights of --checkpoint."""
+    kwargs = dict(args.model_kwargs)
+    if args.num_classes is not None:
+        kwargs['num_classes'] = args.num_classes
+    model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    if args.checkpoint:
+        load_weights(model, args.checkpoint, args.model, use_ema=not args.no_ema)
+    return model
+
+
+def data_config(args: argparse.Namespace, model: torch.nn.Module) -> Dict[str, Any]:
+    """The preprocessing: the model's own, changed by options."""
+    from timm.data import resolve_data_config
+    options = {k: getattr(args, k, None) for k in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'in_chans')}
+    size = image_size(args.img_size)
+    if size:
+        options['input_size'] = (options['in_chans'] or model.pretrained_cfg['input_size'][0], *size)
+    try:
+        return resolve_data_config({k: v for k, v in options.items() if v is not None}, model=model)
+    except AssertionError:
+        raise UserError(f'--mean and --std need one value, or one per channel; got {args.mean}, {args.std}') from None
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+def write_atomic(path: os.PathLike, write: Callable[[str], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
+
+    Whoever reads `path` finds the old file or the new one, never a part, whenever the process dies.
+    """
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.tmp')
+    write(str(tmp))
+    with open(tmp, 'rb+') as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError:  # a system on which a folder cannot be opened (Windows)
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: os.PathLike, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda tmp: Path(tmp).write_text(text, encoding='utf-8'))
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+# ---------------------------------------------------------------------------------------------------------- progress
+
+def progress(iterable=None, *, total: Optional[int] = None, desc: str = '', unit: str = 'batch', disable: bool = False,
+             initial: int = 0):
+    """A tqdm bar on a terminal; silent elsewhere, where the tools print plain lines instead."""
+    from tqdm import tqdm
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable or not sys.stderr.isatty(),
+                initial=initial, dynamic_ncols=True, leave=False)
+
+
+class Every:
+    """True at most once per `seconds`: for plain progress lines where there is no terminal."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.last = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    seconds = int(round(seconds))
+    h, m, s = seconds // 3600, seconds // 60 % 60, seconds % 60
+    return f'{h}:{m:02d}:{s:02d}' if h else f'{m}:{s:02d}'
+
+
+def image_size(values: Optional[List[int]]) -> Optional[tuple]:
+    """`--img-size 224` or `--img-size 256 192` as (height, width)."""
+    if values is None:
+        return None
+    if len(values) > 2 or min(values) < 1:
+        raise UserError(f'--img-size takes one or two positive numbers (height and width in pixels), got {values}')
+    return (values[0], values[-1])

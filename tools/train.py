@@ -1,0 +1,756 @@
+#!/usr/bin/env python
+"""Train an image classifier: ViM2 or any other timm model.
+
+    python tools/train.py --config tools/recipes/cifar10_nano.yaml --data-dir DIR
+    torchrun --nproc-per-node 8 tools/train.py --config tools/recipes/imagenet_vim2.yaml --data-dir DIR
+    python tools/train.py --resume output/train/RUN/last.pth.tar
+
+Built from timm's parts: data sets, transforms, Mixup/CutMix, losses, optimizers, schedulers, EMA. A run writes to
+OUTPUT/EXPERIMENT: args.yaml, summary.csv, last.pth.tar (newest state), best.pth.tar (best epoch by --eval-metric), and
+model/, a folder for `timm.create_model('local-dir:…/model', pretrained=True)` with the final weights (EMA where it is
+on).
+
+Resume is exact. Every random number of training is a function of (seed, epoch, batch or sample), checkpoints are
+renamed into place after they are complete, and they hold whatever else a run carries along. A run that is killed at
+any moment and resumed therefore ends with the same bits as one that was not, with any number of --workers, on
+hardware whose kernels are deterministic (see --deterministic). Streaming data sets resume at the last complete epoch,
+with the same number of --workers.
+"""
+import argparse
+import copy
+import csv
+import io
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import yaml
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, init_distributed_device
+
+import _common as common
+import _data as data
+import validate as validation
+from _common import KeyValue, UserError
+
+_FORMAT = 1
+# Options that may differ between a run and its continuation: they do not touch the numbers (or say where things are).
+_FREE_ON_RESUME = {
+    'config', 'resume', 'resume_with_changes', 'output', 'experiment', 'data_dir', 'dataset_download', 'workers',
+    'pin_memory', 'cache_images', 'device', 'log_interval', 'checkpoint_interval_steps', 'val_batch_size',
+    'no_progress', 'initial_checkpoint', 'pretrained', 'dist_backend', 'dist_url',
+}
+
+
+# all that timm has, but for plateau: it is deprecated there, and its counters cannot be resumed
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
+_flag = argparse.BooleanOptionalAction  # a recipe's true can be taken back: --no-OPTION
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], formatter_class=common.HelpFormatter)
+    parser.add_argument('-c', '--config', metavar='YAML',
+                        help='recipe with option values; the command line overrides it')
+
+    g = parser.add_argument_group('data')
+    data.add_dataset_arguments(g, train=True)
+    g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and batch')
+    g.add_argument('--val-batch-size', type=int, metavar='N', help='the same for evaluation (default: --batch-size)')
+    g.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes per training process')
+    g.add_argument('--pin-memory', action=_flag, default=False, help='page-locked batches, for faster copies to a GPU')
+
+    g = parser.add_argument_group('model')
+    g.add_argument('-m', '--model', default='vim2_tiny', metavar='NAME', help='timm model name')
+    g.add_argument('--pretrained', action=_flag, default=False, help='start from pretrained weights')
+    g.add_argument('--initial-checkpoint', metavar='FILE', help='start from the weights in a .safetensors or .pth file')
+    g.add_argument('--num-classes', type=int, metavar='N', help="outputs (default: the data set's, else the model's)")
+    g.add_argument('--img-size', type=int, nargs='+', metavar='PX', help="H [W] in pixels (default: the model's)")
+    g.add_argument('--in-chans', type=int, metavar='N', help="input channels, 1 or 3 (default: the model's)")
+    g.add_argument('--mean', type=float, nargs='+', metavar='X', help="channel means, range 0-1 (default: the model's)")
+    g.add_argument('--std', type=float, nargs='+', metavar='X', help="channel deviations (default: the model's)")
+    g.add_argument('--interpolation', metavar='NAME', help="resizing at evaluation (default: the model's)")
+    g.add_argument('--crop-pct', type=float, metavar='X', help="centre crop at evaluation (default: the model's)")
+    g.add_argument('--drop', type=float, metavar='P', help='dropout rate')
+    g.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth rate')
+    g.add_argument('--grad-checkpointing', action=_flag, default=False, help='less memory, more time')
+    g.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='K=V',
+                   help='further model arguments')
+
+    g = parser.add_argument_group('optimization')
+    g.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs, warm-up included')
+    g.add_argument('--opt', default='adamw', metavar='NAME', help="optimizer, one of timm.optim.list_optimizers()")
+    g.add_argument('--lr', type=float, default=1e-3, metavar='X', help='peak learning rate')
+    g.add_argument('--weight-decay', type=float, default=0.05, metavar='X', help='weight decay')
+    g.add_argument('--momentum', type=float, default=0.9, metavar='X', help='momentum, where there is one (SGD)')
+    g.add_argument('--opt-betas', type=float, nargs='+', metavar='B', help="betas (default: the optimizer's)")
+    g.add_argument('--opt-eps', type=float, metavar='X', help="epsilon (default: the optimizer's)")
+    g.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValue, metavar='K=V',
+                   help='further optimizer arguments')
+    g.add_argument('--layer-decay', type=float, metavar='X', help='learning rate factor per layer towards the input')
+    g.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients at this (default: off)')
+    g.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what is clipped')
+    g.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per optimizer update')
+    g.add_argument('--sched', default='cosine', choices=_SCHEDULES, help="timm's schedules")
+    g.add_argument('--warmup-epochs', type=float, default=5, metavar='N', help='epochs of linear warm-up')
+    g.add_argument('--warmup-lr', type=float, default=1e-6, metavar='X', help='learning rate at the start')
+    g.add_argument('--min-lr', type=float, default=1e-5, metavar='X', help='learning rate at the end')
+    g.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr after the schedule')
+    g.add_argument('--decay-epochs', type=float, metavar='N',
+                   help='step: epochs between decays (default: 90); wsd, rsqrt: epochs or part of the decay '
+                        '(default: 0.2)')
+    g.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
+                   help='multistep schedule: epochs of decay')
+    g.add_argument('--decay-rate', type=float, default=0.1, metavar='X', help='decay factor (poly: power)')
+    g.add_argument('--sched-on-epochs', action=_flag, default=False, help='step the schedule once an epoch')
+
+    g = parser.add_argument_group('augmentation and regularization')
+    g.add_argument('--no-aug', action='store_true', help='no augmentation at all')
+    g.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr', 'pad'),
+                   help="timm's crops, or pad: padded random crop, usual for small images (default: rrc)")
+    g.add_argument('--crop-padding', type=int, default=4, metavar='PX', help='pixels around the image in the pad crop')
+    g.add_argument('--scale', type=float, nargs=2, metavar='X', help='area range of the crop (default: 0.08 1.0)')
+    g.add_argument('--ratio', type=float, nargs=2, metavar='X', help='aspect range of the crop (default: 0.75 1.333)')
+    g.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
+    g.add_argument('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
+    g.add_argument('--color-jitter', type=float, metavar='X', help='color jitter; timm skips it where --aa is on')
+    g.add_argument('--aa', metavar='POLICY', help="AutoAugment policy, such as rand-m9-mstd0.5-inc1")
+    g.add_argument('--train-interpolation', default='random', metavar='NAME', help='resizing in training')
+    g.add_argument('--reprob', type=float, default=0., metavar='P', help='probability of random erasing')
+    g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what erased pixels become')
+    g.add_argument('--recount', type=int, default=1, metavar='N', help='most erased boxes per image')
+    g.add_argument('--mixup', type=float, default=0., metavar='A', help='mixup alpha, 0 is off')
+    g.add_argument('--cutmix', type=float, default=0., metavar='A', help='CutMix alpha, 0 is off')
+    g.add_argument('--mixup-prob', type=float, default=1., metavar='P', help='probability of mixing a batch (or image)')
+    g.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P',
+                   help='probability of CutMix where both are on')
+    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
+                   help='what shares a mixing ratio')
+    g.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N',
+                   help='no mixing from this epoch on, 0: never off')
+    g.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
+
+    g = parser.add_argument_group('weight averaging')
+    g.add_argument('--model-ema', action=_flag, default=False, help='evaluate and export averaged weights')
+    g.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='its decay per update')
+    g.add_argument('--model-ema-warmup', action=_flag, default=False, help='let the decay grow from 0')
+
+    g = parser.add_argument_group('precision and hardware')
+    common.add_precision_arguments(g)
+    g.add_argument('--channels-last', action=_flag, default=False, help='channels-last memory format')
+    g.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    g.add_argument('--deterministic', action=_flag, default=False, help='refuse nondeterministic kernels (GPU)')
+    g.add_argument('--sync-bn', action=_flag, default=False, help='batch norm statistics over all processes')
+    g.add_argument('--dist-backend', metavar='NAME', help='torch.distributed backend (default: by device)')
+    g.add_argument('--dist-url', metavar='URL', help='torch.distributed initialization (default: env://)')
+
+    g = parser.add_argument_group('run')
+    g.add_argument('--seed', type=int, default=42, metavar='N', help='seed of everything random')
+    g.add_argument('--output', default='output/train', metavar='DIR', help='folder of all runs')
+    g.add_argument('--experiment', metavar='NAME', help='folder of this run in it (default: date-model-size)')
+    g.add_argument('--resume', metavar='FILE|auto',
+                   help='continue from a last.pth.tar, with its options; auto: from OUTPUT/EXPERIMENT if it holds one, '
+                        'else start')
+    g.add_argument('--resume-with-changes', action=_flag, default=False,
+                   help='continue although options differ that change the numbers')
+    g.add_argument('--checkpoint-interval-steps', type=int, default=0, metavar='N',
+                   help='write last.pth.tar every N optimizer updates too, 0: at the end of epochs only')
+    g.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
+    g.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
+                   help='what makes an epoch the best')
+    g.add_argument('--log-interval', type=float, default=60, metavar='S',
+                   help='seconds between progress lines where there is no terminal')
+    g.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal either')
+    return parser
+
+
+def parse_args(argv: Optional[List[str]] = None) -> Tuple[argparse.Namespace, Optional[dict]]:
+    """Options and, on resume, the checkpoint. Later ones win: defaults, checkpoint, recipe, command line."""
+    parser = get_parser()
+    first, _ = parser.parse_known_args(argv)
+    resume = first.resume
+    if first.config:
+        recipe = common.read_recipe(first.config)
+        resume = resume or recipe.get('resume')
+    else:
+        recipe = {}
+    if resume == 'auto':
+        output, experiment = (getattr(first, k) if getattr(first, k) != parser.get_default(k) else recipe.get(k) or
+                              parser.get_default(k) for k in ('output', 'experiment'))
+        if not experiment:
+            raise UserError('--resume auto needs --experiment, to know which run')
+        resume = os.path.join(output, experiment, 'last.pth.tar')
+        if not os.path.exists(resume):
+            resume = None
+    checkpoint = None
+    if resume:
+        checkpoint = read_training_checkpoint(resume)
+        # a run may have been moved: it goes on where its checkpoint is, unless the command line says otherwise
+        skip = ('config', 'resume', 'resume_with_changes', 'output', 'experiment')
+        saved = {k: v for k, v in checkpoint['args'].items() if k not in skip}
+        known = {a.dest for a in parser._actions}
+        common.apply_defaults(parser, {k: v for k, v in saved.items() if k in known}, resume)
+    if recipe:
+        common.apply_defaults(parser, recipe, first.config)
+    args = parser.parse_args(argv)
+    args.resume = resume
+    check_args(args)
+    if checkpoint is not None:
+        check_resume(args, checkpoint)
+    return args, checkpoint
+
+
+def check_args(args: argparse.Namespace) -> None:
+    common.at_least(args, 1, 'batch_size', 'val_batch_size', 'epochs', 'grad_accum_steps', 'val_interval',
+                    'num_classes', 'in_chans', 'recount')
+    common.at_least(args, 0, 'workers', 'checkpoint_interval_steps', 'warmup_epochs', 'lr', 'weight_decay', 'seed',
+                    'crop_padding', 'mixup', 'cutmix', 'cooldown_epochs', 'log_interval')
+    for name in ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'model_ema_decay', 'drop',
+                 'drop_path'):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f'--{name.replace("_", "-")} must be between 0 and 1, got {value}')
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise UserError(f'mixup and CutMix pair images: --batch-size must be even, got {args.batch_size}')
+    common.image_size(args.img_size)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+def read_training_checkpoint(path: str) -> dict:
+    if not os.path.isfile(path):
+        raise UserError(f'no checkpoint to resume from at {path}')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except common._LOAD_ERRORS as e:
+        raise UserError(f'cannot read the checkpoint {path}: damaged, truncated or not a checkpoint '
+                        f'({common.one_line(e, 200)})') from None
+    if not isinstance(checkpoint, dict) or 'progress' not in checkpoint or 'args' not in checkpoint:
+        raise UserError(f'{path} is no training state of this tool: use --initial-checkpoint to start from its weights')
+    if checkpoint['format'] != _FORMAT:
+        raise UserError(f'{path} has checkpoint format {checkpoint["format"]}, this tool reads {_FORMAT}')
+    return checkpoint
+
+
+def check_resume(args: argparse.Namespace, checkpoint: dict) -> None:
+    """The continuation must be of the same run."""
+    saved = checkpoint['args']
+    changed = [f'{k}: {saved[k]!r} -> {v!r}' for k, v in vars(args).items()
+               if k not in _FREE_ON_RESUME and k in saved and saved[k] != v]
+    if changed and not args.resume_with_changes:
+        raise UserError(f'{args.resume} was trained with other options, so that the result would be neither run: '
+                        f'{"; ".join(changed)}. Pass --resume-with-changes if you mean it')
+
+
+class Progress:
+    """How far a run is, and what it measured on the way; saved with the weights."""
+
+    def __init__(self):
+        self.epoch = 0  # current epoch
+        self.batch = 0  # batches of it that are done
+        self.updates = 0  # optimizer updates since the start
+        self.loss_sum = 0.  # of this epoch, weighted by samples, over this process's samples
+        self.samples = 0
+        self.best_metric: Optional[float] = None
+        self.best_epoch: Optional[int] = None
+        self.train_seconds = 0.
+
+    def state_dict(self) -> Dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Run:
+    """The folder of a run: its files are complete or absent, whenever the process dies."""
+
+    def __init__(self, folder: str, args: argparse.Namespace):
+        self.folder = Path(folder)
+        self.args = args
+
+    def create(self, resume: bool) -> None:
+        if not resume and (self.folder / 'last.pth.tar').exists():
+            raise UserError(f'{self.folder} already holds a run: pass --resume {self.folder / "last.pth.tar"} to '
+                            'continue it, or another --experiment')
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'cannot create the run folder {self.folder}: {e.strerror}') from None
+        common.write_text(self.folder / 'args.yaml', yaml.safe_dump(vars(self.args), default_flow_style=None))
+
+    def save(self, state: dict, best: bool) -> None:
+        last = self.folder / 'last.pth.tar'
+        common.write_atomic(last, lambda tmp: torch.save(state, tmp))
+        if best:
+            common.write_atomic(self.folder / 'best.pth.tar', lambda tmp: self._copy(last, tmp))
+
+    @staticmethod
+    def _copy(source: Path, target: str) -> None:
+        Path(target).unlink(missing_ok=True)
+        try:
+            os.link(source, target)  # no second copy on the disk
+        except OSError:
+            shutil.copyfile(source, target)
+
+    def append_summary(self, row: Dict[str, Any]) -> None:
+        """Add an epoch to summary.csv, in place of rows that a killed continuation of the run left."""
+        path = self.folder / 'summary.csv'
+        rows = []
+        if path.exists():
+            with open(path, newline='', encoding='utf-8') as f:
+                rows = [r for r in csv.DictReader(f) if int(r['epoch']) < row['epoch']]
+        fields = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=fields, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows([*rows, row])
+        common.write_text(path, text.getvalue())
+
+    def export(self, model: torch.nn.Module, label_names: Optional[List[str]]) -> Path:
+        """The weights as a folder that `timm.create_model('local-dir:…')` loads."""
+        from timm.models._hub import save_for_hf
+        final, tmp = self.folder / 'model', self.folder / '.model.tmp'
+        shutil.rmtree(tmp, ignore_errors=True)
+        model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
+        save_for_hf(model, str(tmp), model_config=dict(label_names=label_names) if label_names else None,
+                    safe_serialization=True)
+        final.mkdir(exist_ok=True)
+        for file in sorted(tmp.iterdir()):
+            common.write_atomic(final / file.name, lambda t, f=file: shutil.copyfile(f, t))
+        shutil.rmtree(tmp)
+        return final
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+class Trainer:
+    """One training run in one process (of several, under torchrun)."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: Optional[dict]):
+        self.args = args
+        self.progress = Progress()
+        self.setup_device()
+        self.primary = self.rank == 0
+        self.run = Run(self.run_folder(), args)
+        # before any random number: initial weights are a function of the seed, the same in all processes
+        data.seed_everything(args.seed, 0)
+        self.open_data()
+        self.build_model()
+        self.build_loaders()
+        self.build_optimization()
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        self.wrap_model()
+        self.started = None
+
+    # -- setup
+
+    def setup_device(self) -> None:
+        args = self.args
+        name = args.device or common.default_device()
+        common.check_device(name)
+        setup = argparse.Namespace(device=name, dist_backend=args.dist_backend, dist_url=args.dist_url)
+        try:
+            self.device = init_distributed_device(setup)
+        except (RuntimeError, AssertionError, ValueError) as e:
+            raise UserError(f'cannot start distributed training: {common.one_line(e)}') from None
+        self.rank, self.world_size, self.distributed = setup.rank, setup.world_size, setup.distributed
+        self.autocast = common.autocast(self.device, args.amp, args.amp_dtype)
+        if args.deterministic:
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        elif self.device.type == 'cuda':
+            torch.backends.cudnn.benchmark = True
+
+    def run_folder(self) -> str:
+        args = self.args
+        if args.resume and args.experiment is None:
+            args.output, args.experiment = os.path.split(os.path.dirname(os.path.abspath(args.resume)))
+        if args.experiment is None:
+            size = f'-{args.img_size[0]}' if args.img_size else ''
+            stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+            name = f'{stamp}-{"".join(c if c.isalnum() or c in "._-" else "_" for c in args.model)}{size}'
+            if self.distributed:  # all processes write and read one folder
+                names = [name]
+                dist.broadcast_object_list(names, src=0)
+                name = names[0]
+            args.experiment = name
+        return os.path.join(args.output, args.experiment)
+
+    def open_data(self) -> None:
+        args = self.args
+        shared = dict(class_map=args.class_map, download=args.dataset_download, cache_images=args.cache_images,
+                      input_key=args.input_key, target_key=args.target_key, seed=args.seed, verbose=self.primary)
+        self.train_data = data.open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
+                                            batch_size=args.batch_size, num_samples=args.train_num_samples, **shared)
+        self.val_data = data.open_dataset(args.dataset, args.data_dir, args.val_split, strict=True,
+                                          batch_size=args.val_batch_size or args.batch_size,
+                                          num_samples=args.val_num_samples, **shared)
+        self.streaming = data.is_streaming(self.train_data)
+        if self.streaming and args.checkpoint_interval_steps:
+            raise UserError('a streaming data set cannot resume in the middle of an epoch: drop '
+                            '--checkpoint-interval-steps (checkpoints are then written at the end of epochs)')
+        self.label_names = data.class_names(self.train_data)
+
+    def build_model(self) -> None:
+        args = self.args
+        num_classes = args.num_classes or (len(self.label_names) if self.label_names else None)
+        kwargs = {k: v for k, v in (('num_classes', num_classes), ('in_chans', args.in_chans), ('drop_rate', args.drop),
+                                    ('drop_path_rate', args.drop_path)) if v is not None}
+        pretrained = args.pretrained and not args.resume
+        model = common.create_model(args.model, pretrained=pretrained, **kwargs, **args.model_kwargs)
+        num_classes = getattr(model, 'num_classes', num_classes)
+        for dataset, split in ((self.train_data, args.train_split), (self.val_data, args.val_split)):
+            source = f'{args.data_dir or args.dataset} ({split})'
+            data.check_classes(dataset, num_classes, source, args.class_map)
+        if args.initial_checkpoint and not args.resume:
+            common.load_weights(model, args.initial_checkpoint, args.model)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        self.data_config = common.data_config(args, model)
+        # what was trained is what the exported weights ask for
+        kept = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+        model.pretrained_cfg.update({k: self.data_config[k] for k in kept}, num_classes=num_classes)
+        self.num_classes = num_classes
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        if args.sync_bn and self.distributed:
+            from timm.layers import convert_sync_batchnorm
+            self.model = convert_sync_batchnorm(self.model)
+        self.ema = None
+        if args.model_ema:
+            self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def build_loaders(self) -> None:
+        args, config = self.args, self.data_config
+        try:
+            transform = data.train_transform(
+                config['input_size'], crop_mode=args.train_crop_mode, crop_padding=args.crop_padding,
+                no_aug=args.no_aug, scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
+                color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
+                mean=config['mean'], std=config['std'])
+        except (AssertionError, KeyError, ValueError) as e:
+            raise UserError(f'augmentation options do not work: {type(e).__name__}: {common.one_line(e)}') from e
+        loader = dict(batch_size=args.batch_size, transform=transform, mean=config['mean'], std=config['std'],
+                      channels=config['input_size'][0], device=self.device, workers=args.workers, seed=args.seed,
+                      pin_memory=args.pin_memory)
+        if self.streaming:
+            self.train_loader, self.sampler = data.streaming_loader(self.train_data, **loader), None
+        else:
+            self.train_loader, self.sampler = data.train_loader(
+                self.train_data, rank=self.rank, world_size=self.world_size, **loader)
+        self.val_loader = data.eval_loader(
+            self.val_data, config, batch_size=args.val_batch_size or args.batch_size, device=self.device,
+            workers=args.workers, distributed=self.distributed, pin_memory=args.pin_memory)
+        self.batches = len(self.train_loader)
+        self.mixup = None
+        if args.mixup > 0 or args.cutmix > 0:
+            self.mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
+                               switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+                               num_classes=self.num_classes)
+        self.erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=self.device) \
+            if args.reprob > 0 and not args.no_aug else None
+
+    def build_optimization(self) -> None:
+        args = self.args
+        if self.mixup is not None:
+            criterion = SoftTargetCrossEntropy()
+        elif args.smoothing > 0:
+            criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+        else:
+            criterion = torch.nn.CrossEntropyLoss()
+        self.criterion = criterion.to(self.device)
+        args_for_timm = argparse.Namespace(**{**vars(args), 'opt_args': args.opt_kwargs})
+        try:
+            self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(cfg=args_for_timm))
+        except (AssertionError, ValueError, TypeError, KeyError) as e:
+            raise UserError(f'cannot make the optimizer {args.opt!r}: {common.one_line(e)}') from e
+        self.scaler = NativeScaler(device=self.device.type) if args.amp and args.amp_dtype == 'float16' else None
+        self.updates_per_epoch = math.ceil(self.batches / args.grad_accum_steps)
+        args_for_timm.sched_on_updates = not args.sched_on_epochs
+        if args.decay_epochs is None and args.sched not in ('wsd', 'rsqrt'):
+            args_for_timm.decay_epochs = 90
+        try:
+            self.scheduler, self.epochs = create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(args_for_timm, decreasing_metric=args.eval_metric == 'loss'),
+                updates_per_epoch=self.updates_per_epoch)
+        except (AssertionError, ValueError, TypeError) as e:
+            raise UserError(f'cannot make the schedule {args.sched!r}: {common.one_line(e)}') from e
+        if self.scheduler is None and args.sched != 'none':
+            raise UserError(f'this version of timm has no schedule {args.sched!r}')
+        self.epochs = int(self.epochs)
+        self.parameters = list(model_parameters(self.model, exclude_head='agc' in args.clip_mode))
+
+    def wrap_model(self) -> None:
+        args = self.args
+        self.train_model = self.model
+        if args.torchcompile:
+            self.train_model = torch.compile(self.model, backend=args.torchcompile)
+        if self.distributed:
+            from torch.nn.parallel import DistributedDataParallel
+            ids = None if self.device.type == 'cpu' else [self.device]
+            self.train_model = DistributedDataParallel(self.train_model, device_ids=ids)
+
+    # -- state
+
+    def state(self) -> dict:
+        state = dict(
+            format=_FORMAT,
+            arch=self.args.model,
+            args=dict(vars(self.args)),
+            epoch=self.progress.epoch,
+            progress=self.progress.state_dict(),
+            world_size=self.world_size,
+            train_samples=None if self.streaming else len(self.train_data),
+            state_dict=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+        if self.ema is not None:
+            state['state_dict_ema'] = self.ema.module.state_dict()
+        if self.scheduler is not None:
+            state['scheduler'] = self.scheduler.state_dict()
+        if self.scaler is not None:
+            state[self.scaler.state_dict_key] = self.scaler.state_dict()
+        return state
+
+    def save(self, best: bool = False) -> None:
+        loss_sum, samples = self.over_processes(self.progress.loss_sum, self.progress.samples)
+        if self.primary:
+            state = self.state()
+            state['progress'].update(loss_sum=loss_sum, samples=samples)
+            self.run.save(state, best)
+
+    def restore(self, checkpoint: dict) -> None:
+        args = self.args
+        for what, saved, now in (
+                ('processes', checkpoint['world_size'], self.world_size),
+                ('training images', checkpoint['train_samples'], None if self.streaming else len(self.train_data)),
+        ):
+            if saved != now and not args.resume_with_changes:
+                raise UserError(f'{args.resume} was trained with {saved} {what}, now there are {now}. '
+                                'Pass --resume-with-changes if you mean it')
+        try:
+            self.model.load_state_dict(checkpoint['state_dict'])
+            fresh = [{k: v for k, v in g.items() if k != 'params'} for g in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            if args.resume_with_changes:  # the checkpoint's moments, this run's settings
+                for group, settings in zip(self.optimizer.param_groups, fresh):
+                    group.update(settings)
+            if self.ema is not None:
+                self.ema.module.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
+            if self.scheduler is not None and 'scheduler' in checkpoint and not args.resume_with_changes:
+                self.scheduler.load_state_dict(checkpoint['scheduler'])
+            if self.scaler is not None and self.scaler.state_dict_key in checkpoint:
+                self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise UserError(f'{args.resume} does not fit this run: {common.one_line(e)}') from None
+        self.progress.load_state_dict(checkpoint['progress'])
+        if not self.primary:  # the sums are over all processes: one of them carries them on
+            self.progress.loss_sum, self.progress.samples = 0., 0
+
+    # -- running
+
+    def log(self, text: str) -> None:
+        if self.primary:
+            from tqdm import tqdm
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def fit(self) -> None:
+        args, p = self.args, self.progress
+        if self.primary:
+            self.run.create(resume=bool(args.resume))
+        if self.distributed:
+            dist.barrier()
+        height, width = self.data_config['input_size'][-2:]
+        self.log(f'{args.model}: {common.count_parameters(self.model) / 1e6:.2f} M parameters, {height}x{width} px, '
+                 f'{self.num_classes} classes, on {self.device}' +
+                 (f' x {self.world_size}' if self.distributed else ''))
+        self.log(f'{self.describe(self.train_data)} training and {self.describe(self.val_data)} evaluation images, '
+                 f'{self.epochs} epochs of {self.updates_per_epoch} updates; run folder {self.run.folder}')
+        if args.resume:
+            self.log(f'resumed from {args.resume} at epoch {p.epoch}, batch {p.batch} of {self.batches}')
+        if p.epoch >= self.epochs:
+            self.log(f'nothing to do: the run has its {self.epochs} epochs')
+        while p.epoch < self.epochs:
+            train = self.train_epoch()
+            self.finish_epoch(train)
+        if self.primary:
+            folder = self.run.export(self.ema.module if self.ema is not None else self.model, self.label_names)
+            best = ''
+            if p.best_metric is not None:
+                best = f'; best {args.eval_metric} {p.best_metric:.3f} in epoch {p.best_epoch}'
+            self.log(f'done{best}. Weights: {folder}')
+        if self.distributed:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    @staticmethod
+    def describe(dataset) -> str:
+        try:
+            return f'{len(dataset):,}' if len(dataset) else 'streamed'
+        except TypeError:
+            return 'streamed'
+
+    def train_epoch(self) -> Dict[str, float]:
+        args, p = self.args, self.progress
+        epoch, accum = p.epoch, args.grad_accum_steps
+        if self.sampler is not None:
+            self.sampler.set_position(epoch, p.batch)
+        else:
+            self.train_data.set_epoch(epoch)
+            data.seed_stream(self.train_loader, args.seed, 4, epoch, self.rank)
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not (args.mixup_off_epoch and epoch >= args.mixup_off_epoch)
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=p.updates)
+        self.train_model.train()
+        self.optimizer.zero_grad()
+        last_group = self.batches - (self.batches % accum or accum)
+        loss_dtype = torch.float32 if self.device.type == 'mps' else torch.float64
+        loss_sum = torch.tensor(p.loss_sum, dtype=loss_dtype, device=self.device)
+        bar = common.progress(total=self.batches, initial=p.batch, desc=f'epoch {epoch}',
+                              disable=not self.primary or args.no_progress)
+        every = common.Every(args.log_interval if bar.disable else 0.5)  # reading the loss waits for the device
+        begin, start_batch, seen = time.perf_counter(), p.batch, 0
+
+        with bar:
+            for i, (images, target) in enumerate(self.train_loader, start=p.batch):
+                need_update = (i + 1) % accum == 0 or i + 1 == self.batches
+                group = self.batches - last_group if i >= last_group else accum
+                # everything random below is a function of this
+                data.seed_everything(args.seed, 3, epoch, i, self.rank)
+                if self.erasing is not None:
+                    images = self.erasing(images)
+                if self.mixup is not None:
+                    images, target = self.mixup(images, target)
+                images = images.contiguous(memory_format=self.memory_format)
+                sync = nullcontext() if need_update or not self.distributed else self.train_model.no_sync()
+                with sync:
+                    with self.autocast():
+                        loss = self.criterion(self.train_model(images), target)
+                    self.backward(loss / group, need_update)
+                loss_sum += loss.detach().to(loss_sum.dtype) * len(images)
+                p.samples += len(images)
+                p.batch = i + 1
+                seen += len(images)
+                if not need_update:
+                    bar.update()
+                    continue
+                p.updates += 1
+                self.optimizer.zero_grad()
+                if self.ema is not None:
+                    self.ema.update(self.model, step=p.updates)
+                lr = self.optimizer.param_groups[0]['lr']
+                if self.scheduler is not None:
+                    self.scheduler.step_update(num_updates=p.updates)
+                bar.update()
+                checkpoint = args.checkpoint_interval_steps and p.updates % args.checkpoint_interval_steps == 0
+                report = (bool(args.log_interval) or not bar.disable) and every()
+                if checkpoint or (report and self.primary):
+                    p.loss_sum = loss_sum.item()
+                    self.check_finite(p.loss_sum, epoch, i)
+                if checkpoint:
+                    self.save()
+                if report and self.primary:
+                    speed = seen * self.world_size / (time.perf_counter() - begin)
+                    if bar.disable:
+                        eta = (time.perf_counter() - begin) / (i + 1 - start_batch) * (self.batches - i - 1)
+                        self.log(f'  epoch {epoch} [{i + 1}/{self.batches}] loss {p.loss_sum / p.samples:.4f} '
+                                 f'lr {lr:.2e} {speed:.0f} img/s, {common.duration(eta)} left in epoch')
+                    else:
+                        bar.set_postfix_str(f'loss {p.loss_sum / p.samples:.4f}, lr {lr:.2e}, {speed:.0f} img/s')
+        common.synchronize(self.device)
+        p.loss_sum = loss_sum.item()
+        self.check_finite(p.loss_sum, epoch, p.batch - 1)
+        seconds = time.perf_counter() - begin
+        p.train_seconds += seconds
+        loss_sum, samples = self.over_processes(p.loss_sum, p.samples)
+        if self.distributed:
+            # the first process's statistics, as in its checkpoints: an average could not be resumed exactly
+            distribute_bn(self.model, self.world_size, reduce=False)
+            if self.ema is not None:
+                distribute_bn(self.ema.module, self.world_size, reduce=False)
+        return dict(loss=loss_sum / max(samples, 1), img_s=seen * self.world_size / max(seconds, 1e-9), seconds=seconds)
+
+    def over_processes(self, loss_sum: float, samples: int) -> Tuple[float, int]:
+        """The sums over all processes."""
+        if not self.distributed:
+            return loss_sum, samples
+        totals = torch.tensor([loss_sum, samples], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals[0].item(), int(totals[1].item())
+
+    def backward(self, loss: torch.Tensor, need_update: bool) -> None:
+        args = self.args
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
+                        parameters=self.parameters, need_update=need_update)
+            return
+        loss.backward()
+        if need_update:
+            if args.clip_grad is not None:
+                dispatch_clip_grad(self.parameters, value=args.clip_grad, mode=args.clip_mode)
+            self.optimizer.step()
+
+    def check_finite(self, loss_sum: float, epoch: int, batch: int) -> None:
+        if not math.isfinite(loss_sum):
+            raise UserError(f'the loss is {loss_sum} in epoch {epoch} by batch {batch}: training diverged. The last '
+                            f'checkpoint in {self.run.folder} is from before it; a lower --lr, --clip-grad or bfloat16 '
+                            'may help')
+
+    def finish_epoch(self, train: Dict[str, float]) -> None:
+        """Evaluate, write the summary, step the schedule, save."""
+        args, p = self.args, self.progress
+        epoch, best, line, row = p.epoch, False, '', {}
+        lr = self.optimizer.param_groups[0]['lr']
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == self.epochs:
+            model = self.ema.module if self.ema is not None else self.model
+            metrics = validation.evaluate(
+                model, self.val_loader, self.device, self.autocast, distributed=self.distributed,
+                memory_format=self.memory_format, progress=self.primary and not args.no_progress,
+                desc=f'evaluate {epoch}')
+            metric = metrics[args.eval_metric]
+            sign = -1 if args.eval_metric == 'loss' else 1
+            best = p.best_metric is None or sign * metric > sign * p.best_metric
+            if best:
+                p.best_metric, p.best_epoch = metric, epoch
+            line = f', top1 {metrics["top1"]:.2f} top5 {metrics["top5"]:.2f} loss {metrics["loss"]:.4f}' + \
+                   (' (EMA)' if self.ema is not None else '') + (' *' if best else '')
+            row = {f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5')}
+        else:
+            metric = None
+        self.log(f'epoch {epoch}: train loss {train["loss"]:.4f}{line}, lr {lr:.2e}, {train["img_s"]:.0f} img/s, '
+                 f'{common.duration(train["seconds"])}, about '
+                 f'{common.duration(p.train_seconds / (epoch + 1) * (self.epochs - epoch - 1))} left')
+        if self.primary:
+            self.run.append_summary(dict(epoch=epoch, train_loss=train['loss'], **row, lr=lr))
+        p.epoch, p.batch, p.loss_sum, p.samples = epoch + 1, 0, 0., 0
+        if self.scheduler is not None:
+            self.scheduler.step(p.epoch, metric)
+        self.save(best)
+
+
+def main() -> None:
+    args, checkpoint = parse_args()
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
+    Trainer(args, checkpoint).fit()
+
+
+if __name__ == '__main__':
+    common.run(main)

@@ -1,0 +1,146 @@
+"""Selective channel mixer of MambaMixer (arXiv 2403.19888), for maps of any size."""
+import math
+from typing import Optional, Type
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vim2.ops.scan import sequence_scan
+from .grid import average_pool_matrix, interpolate_matrix
+from .s6 import init_s6_
+
+__all__ = ['SelectiveChannelMixer']
+
+# Leaves for torch.fx as well, not only for timm's feature extraction (register_notrace_function).
+torch.fx.wrap('average_pool_matrix')
+torch.fx.wrap('interpolate_matrix')
+
+
+class SelectiveChannelMixer(nn.Module):
+    """The token mixer's transpose: S6 along the *channels*, with the tokens as its features.
+
+    `linear -> conv along the channels -> silu -> S6 along the channels, both ways -> norm -> * silu(gate) -> linear`
+
+    The paper's projections of S6 are here Linears over the tokens of a channel. Their shapes would depend on the image
+    size; they act on a fixed token grid of P x P instead, to which the map is average-pooled. What is per token again,
+    the step sizes, is interpolated back from the grid, and the diagonal of the Linear is kept at full resolution by
+    one scalar: `dt = up(W2 W1 pool(u) + b) + w u`. Where the map *is* P x P this is the paper's equation: B and C by
+    Linears over all tokens, the step sizes by a Linear of low rank plus a diagonal.
+
+    A and D are shared by the tokens, whose number is not fixed. Direction 0 reads the channels upwards, direction 1
+    downwards, each with its own convolution, B, C and step sizes.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            expand: float = 2.0,
+            d_state: int = 16,
+            token_grid: int = 7,
+            dt_rank: Optional[int] = None,
+            d_conv: int = 4,
+            num_scans: int = 2,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: number of channels in and out, d.
+            expand: inner width over d, E = expand * d: the length of the scans.
+            d_state: size of the state of a token, N.
+            token_grid: side P of the token grid.
+            dt_rank: rank of the step sizes' projection. Default: ceil(P^2 / 16).
+            d_conv: taps of the causal convolution along the channels, one filter per direction, shared by the tokens.
+            num_scans: 2 for both ways along the channels, 1 for upwards only.
+            norm_layer: the normalisation, over the last dimension.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if num_scans not in (1, 2):
+            raise ValueError(f'SelectiveChannelMixer: num_scans must be 1 or 2, got {num_scans}')
+        self.inner_dim = int(expand * dim)
+        self.d_state = d_state
+        self.token_grid = token_grid
+        self.dt_rank = dt_rank or math.ceil(token_grid ** 2 / 16)
+        self.d_conv = d_conv
+        self.num_scans = num_scans
+        tokens = token_grid ** 2
+
+        self.in_proj = nn.Linear(dim, 2 * self.inner_dim, bias=False, **dd)
+        self.conv_weight = nn.Parameter(torch.empty(num_scans, 1, d_conv, **dd))
+        self.conv_bias = nn.Parameter(torch.empty(num_scans, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(num_scans, self.dt_rank + 2 * d_state, tokens, **dd))
+        self.dt_projs_weight = nn.Parameter(torch.empty(num_scans, tokens, self.dt_rank, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(num_scans, tokens, **dd))
+        self.dt_projs_diag = nn.Parameter(torch.empty(num_scans, **dd))
+        self.A_logs = nn.Parameter(torch.empty(num_scans, d_state, **dd))
+        self.Ds = nn.Parameter(torch.empty(num_scans, **dd))
+        self.out_norm = norm_layer(self.inner_dim, **dd)
+        self.out_proj = nn.Linear(self.inner_dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.d_conv ** -0.5  # as nn.Conv1d with one channel, and below as nn.Linear
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        nn.init.uniform_(self.conv_bias, -bound, bound)
+        bound = 1 / self.token_grid
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        nn.init.zeros_(self.dt_projs_diag)
+        init_s6_(self.A_logs, self.Ds, self.dt_projs_weight, self.dt_projs_bias)
+
+    def _branch_weight(self, s: int) -> Tensor:
+        """The branch's projection and the convolution of direction s along its channels as one weight, (E, d).
+
+        A convolution along the output channels of a Linear is a convolution of the rows of its weight: done there, it
+        costs nothing per token.
+        """
+        E, last = self.inner_dim, self.d_conv - 1
+        rows = F.pad(self.in_proj.weight[:E], (0, 0, last, 0) if s == 0 else (0, 0, 0, last))
+        weight = rows[:E] * self.conv_weight[s, 0, 0 if s == 0 else last]
+        for i in range(1, self.d_conv):
+            # Upwards, tap t reads channel e - last + t. Downwards it is the mirror image, channel e + last - t: the
+            # same as to flip the channels, convolve causally, scan, and flip back.
+            weight = weight + rows[i:i + E] * self.conv_weight[s, 0, i if s == 0 else last - i]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, H, W, d), any H, W >= 1.
+
+        Returns:
+            (B, H, W, d).
+        """
+        B, H, W, _ = x.shape
+        E, N, R, P = self.inner_dim, self.d_state, self.dt_rank, self.token_grid
+        pool_h, pool_w = average_pool_matrix(x, H, P), average_pool_matrix(x, W, P)
+        up_h, up_w = interpolate_matrix(x, P, H), interpolate_matrix(x, P, W)
+        A = -torch.exp(self.A_logs.float())
+        x = x.flatten(1, 2)
+        gate = F.linear(x, self.in_proj.weight[E:])
+        ys = []
+        for s in range(self.num_scans):
+            u = F.silu(F.linear(x, self._branch_weight(s), self.conv_bias[s].expand(E)))  # (B, HW, E)
+
+            # The Linears over the tokens of each channel, on the grid. Expanded weights: the product of a 2-d and a
+            # 3-d tensor would transpose the latter.
+            grid = torch.matmul(pool_w, u.reshape(B * H, W, E)).reshape(B, H, P * E)
+            grid = torch.matmul(pool_h, grid).reshape(B, P * P, E)
+            dt, Bs, Cs = torch.bmm(self.x_proj_weight[s].expand(B, -1, -1), grid).split([R, N, N], dim=1)
+            delta = torch.baddbmm(self.dt_projs_bias[s].unsqueeze(1), self.dt_projs_weight[s].expand(B, -1, -1), dt)
+
+            delta = torch.matmul(up_h, delta.reshape(B, P, P * E))
+            delta = torch.matmul(up_w, delta.reshape(B * H, P, E)).reshape(B, H * W, E)
+            delta = delta + u * self.dt_projs_diag[s]
+            y, _ = sequence_scan(
+                u, delta, A[s].expand(H * W, N), Bs, Cs, D=self.Ds[s].expand(H * W), delta_softplus=True,
+                reverse=s == 1)
+            ys.append(y)
+        y = ys[0] if self.num_scans == 1 else ys[0] + ys[1]
+        return self.out_proj(self.out_norm(y) * F.silu(gate)).unflatten(1, (H, W))
+
+    def extra_repr(self) -> str:
+        return (f'd_state={self.d_state}, token_grid={self.token_grid}, dt_rank={self.dt_rank}, '
+                f'd_conv={self.d_conv}, num_scans={self.num_scans}')

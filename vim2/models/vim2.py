@@ -1,0 +1,585 @@
+"""ViM2, the vision MambaMixer
+
+Paper: `MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection`
+    - https://arxiv.org/abs/2403.19888
+
+A hierarchical backbone of selective token mixers (four scans over the map), selective channel mixers (two scans along
+the channels) and learned weighted averages of all earlier features of a stage. The authors published neither code nor
+weights; docs/design.md lists every decision that the paper leaves open.
+
+Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
+"""
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.models import (
+    build_model_with_cfg, checkpoint, generate_default_cfgs, register_model,
+    resolve_pretrained_cfg)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage
+from .vmamba import convert_vmamba, is_vmamba
+
+__all__ = ['VisionMambaMixer']
+
+
+class Stem(nn.Module):
+    """Non-overlapping patches and LayerNorm; (B, C, H, W) to (B, d, ceil(H / patch), ceil(W / patch))."""
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            patch_size: int = 4,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.patch_size = patch_size
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm = norm_layer(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, H, W = x.shape
+        p = self.patch_size
+        h, w = (H + p - 1) // p, (W + p - 1) // p
+        x = F.pad(x, (0, w * p - W, 0, h * p - H))
+        x = self.conv(x).permute(0, 2, 3, 1)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+class PatchMerging(nn.Module):
+    """2x2 patch merging (Swin, VMamba): LayerNorm and Linear over the four neighbours; odd sizes are padded.
+
+    (B, H, W, d) to (B, ceil(H / 2), ceil(W / 2), out_dim).
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm = norm_layer(4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        h, w = (H + 1) // 2, (W + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
+        x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
+        return self.reduction(self.norm(x))
+
+
+class MixerBlock(nn.Module):
+    """`x + drop_path(mixer(norm(x)))`, over (B, H, W, d)."""
+
+    def __init__(
+            self,
+            dim: int,
+            mixer_layer: Callable[..., nn.Module],
+            drop_path: float = 0.,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm = norm_layer(dim, **dd)
+        self.mixer = mixer_layer(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+def mixer_order(token_depth: int, channel_depth: int) -> List[str]:
+    """The mixers of a stage, the channel mixers spread evenly: (6, 3) is token, token, channel, three times over."""
+    order = []
+    for i in range(token_depth):
+        due = (i + 1) * channel_depth // token_depth - i * channel_depth // token_depth
+        order += ['token'] + ['channel'] * due
+    return order if token_depth else ['channel'] * channel_depth
+
+
+class VisionMambaMixerStage(nn.Module):
+    """Down-sampling and a chain of mixers, each of which reads a weighted average of everything earlier in the stage.
+
+    NCHW in and out, so that every way of taking features gives NCHW; NHWC in memory and inside, where Linear,
+    LayerNorm and the scan want the channels contiguous. The permutations are views.
+    """
+    weighted_average: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            mixer_layers: List[Callable[..., nn.Module]],
+            downsample: bool = True,
+            weighted_average: bool = True,
+            drop_path: Optional[List[float]] = None,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim, out_dim: channels in and out; the same if `downsample` is False.
+            mixer_layers: what builds each mixer, from (dim, device=, dtype=).
+            downsample: begin with patch merging.
+            weighted_average: learned average of all earlier outputs, else the plain chain.
+            drop_path: stochastic depth rate of each mixer. Default: none.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.weighted_average = weighted_average
+        self.grad_checkpointing = False
+        drop_path = drop_path or [0.] * len(mixer_layers)
+        if downsample:
+            self.downsample = PatchMerging(dim, out_dim, norm_layer=norm_layer, **dd)
+        else:
+            assert dim == out_dim
+            self.downsample = nn.Identity()
+        self.blocks = nn.ModuleList([
+            MixerBlock(out_dim, mixer_layer, drop_path=rate, norm_layer=norm_layer, **dd)
+            for mixer_layer, rate in zip(mixer_layers, drop_path)])
+        self.averages = nn.ModuleList(
+            [WeightedAverage(i + 1, **dd) for i in range(len(mixer_layers))] if weighted_average else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x.permute(0, 2, 3, 1))
+        if self.weighted_average:
+            ys = [x]
+            for average, block in zip(self.averages, self.blocks):
+                x = average(ys)
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x)
+                else:
+                    x = block(x)
+                ys.append(x)
+        else:
+            for block in self.blocks:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x)
+                else:
+                    x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+def _per_stage(value: Any, num_stages: int, name: str) -> Tuple[Any, ...]:
+    value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * num_stages
+    if len(value) != num_stages:
+        raise ValueError(f'{name} must be one value or {num_stages}, one per stage; got {value}')
+    return value
+
+
+class VisionMambaMixer(nn.Module):
+    """ViM2: MambaMixer for images, of any size of at least 32 x 32 pixels."""
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            patch_size: int = 4,
+            dims: Tuple[int, ...] = (96, 192, 384, 768),
+            token_depths: Tuple[int, ...] = (2, 2, 6, 2),
+            channel_depths: Tuple[int, ...] = (1, 1, 3, 1),
+            token_expand: Union[float, Tuple[float, ...]] = 2.,
+            channel_expand: Union[float, Tuple[float, ...]] = (2., 2., 2., 1.),
+            d_state: int = 16,
+            channel_d_state: Optional[int] = None,
+            token_grid: int = 7,
+            token_scans: int = 4,
+            channel_scans: int = 2,
+            token_mixer: str = 's6',
+            channel_mixer: str = 's6',
+            mlp_ratio: float = 4.,
+            weighted_average: bool = True,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chans: number of input channels.
+            num_classes: number of classes, 0 for no classifier.
+            global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or '' (no pooling) before the classifier.
+            patch_size: side and stride of the stem's patches, in pixels.
+            dims: width of each stage.
+            token_depths, channel_depths: number of token and channel mixers in each stage; the channel mixers are
+                spread evenly between the token mixers.
+            token_expand, channel_expand: inner width of the mixers over their width, one value or one per stage.
+            d_state: size of the state of the token mixers' scans, N.
+            channel_d_state: the same for the channel mixers. Default: d_state.
+            token_grid: side of the token grid on which the channel mixers' projections and the token perceptrons act.
+            token_scans: number of scan directions of the token mixers, 1 to 4.
+            channel_scans: number of scan directions of the channel mixers, 1 or 2.
+            token_mixer: 's6', or 'mlp' for a two-layer perceptron over the tokens of the token grid in its place.
+            channel_mixer: 's6', or 'mlp' for a two-layer perceptron over the channels in its place. Both 'mlp',
+                without weighted averages, is MLP-Mixer: no scan, and no convolution but the stem's.
+            mlp_ratio: hidden width of those perceptrons over their width.
+            weighted_average: each mixer reads a learned average of all earlier outputs of its stage; False for the
+                plain chain, which without channel mixers is VMamba's vanilla network.
+            norm_layer: normalisation over the last dimension.
+            drop_rate: dropout before the classifier.
+            drop_path_rate: stochastic depth rate of the last mixer, growing linearly from 0 at the first.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        num_stages = len(dims)
+        for name, value in (('token_mixer', token_mixer), ('channel_mixer', channel_mixer)):
+            if value not in ('s6', 'mlp'):
+                raise ValueError(f"{name} must be 's6' or 'mlp', got {value!r}")
+        token_depths = _per_stage(token_depths, num_stages, 'token_depths')
+        channel_depths = _per_stage(channel_depths, num_stages, 'channel_depths')
+        token_expand = _per_stage(token_expand, num_stages, 'token_expand')
+        channel_expand = _per_stage(channel_expand, num_stages, 'channel_expand')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = 'NCHW'
+        self.feature_info = []
+
+        self.stem = Stem(in_chans, dims[0], patch_size=patch_size, norm_layer=norm_layer, **dd)
+
+        orders = [mixer_order(t, c) for t, c in zip(token_depths, channel_depths)]
+        num_mixers = sum(len(order) for order in orders)
+        rates = [drop_path_rate * i / max(num_mixers - 1, 1) for i in range(num_mixers)]
+        stages = []
+        prev_dim, reduction, done = dims[0], patch_size, 0
+        for i, (dim, order) in enumerate(zip(dims, orders)):
+            if token_mixer == 's6':
+                token_layer = partial(
+                    SelectiveTokenMixer, expand=token_expand[i], d_state=d_state, num_scans=token_scans,
+                    norm_layer=norm_layer)
+            else:
+                token_layer = partial(TokenMlp, mlp_ratio=mlp_ratio, token_grid=token_grid)
+            if channel_mixer == 's6':
+                channel_layer = partial(
+                    SelectiveChannelMixer, expand=channel_expand[i], d_state=channel_d_state or d_state,
+                    token_grid=token_grid, num_scans=channel_scans, norm_layer=norm_layer)
+            else:
+                channel_layer = partial(Mlp, hidden_features=int(mlp_ratio * dim))
+            stages.append(VisionMambaMixerStage(
+                prev_dim, dim, [token_layer if kind == 'token' else channel_layer for kind in order],
+                downsample=i > 0, weighted_average=weighted_average, drop_path=rates[done:done + len(order)],
+                norm_layer=norm_layer, **dd))
+            prev_dim, reduction, done = dim, reduction * (2 if i > 0 else 1), done + len(order)
+            self.feature_info += [dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = self.head_hidden_size = prev_dim
+        self.norm = norm_layer(prev_dim, **dd)
+        self.head = ClassifierHead(prev_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+
+        self.apply(self._init_weights)
+
+    def _init_weights(self, m: nn.Module) -> None:
+        if isinstance(m, nn.Linear):  # S6's own parameters are none, and keep Mamba's initialisation
+            trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters of the state spaces (A, D, step sizes), norms, biases and averaging scalars."""
+        s6 = ('A_logs', 'Ds', 'dt_projs_bias', 'dt_projs_diag')
+        return {n for n, p in self.named_parameters()
+                if p.ndim <= 1 or n.endswith(('.bias', 'conv_bias')) or n.rpartition('.')[2] in s6}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Layer groups for layer-wise learning rate decay; a mixer and the average that it reads are one group."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.(?:blocks|averages)\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each mixer in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a new one for `num_classes`, 0 for none; change the pooling if it is given."""
+        self.num_classes = num_classes
+        self.head.in_features = self.num_features  # fewer after pruning
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Forward pass that also returns the outputs of stages.
+
+        Args:
+            x: images, (B, C, H, W).
+            indices: the last n stages if an int, all if None, these stages if a sequence.
+            norm: apply the final norm to the last stage's output (it is sized for no other).
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: return only the intermediates.
+
+        Returns:
+            The intermediates, or (final features as of `forward_features`, intermediates).
+        """
+        assert output_fmt in ('NCHW', 'NHWC'), 'Output format must be one of NCHW or NHWC.'
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        i = 0
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                y = self._final_norm(x) if norm and i == last else x
+                intermediates.append(y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self._final_norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the stages after the last one asked for, and what comes after them."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        self.feature_info = self.feature_info[:max_index + 1]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()  # sized for the last stage
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised features of the last stage, (B, dims[-1], H / 32, W / 32) with a stem of stride 4."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self._final_norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer) -> Dict[str, Tensor]:
+    """Check that a checkpoint is one of this architecture, whatever its classifier and number of input channels.
+
+    timm adapts those two, and then loads with strict=False, which would let a checkpoint of anything else pass.
+    A checkpoint of VMamba's vanilla network is converted: the model starts as that network, with as many of its
+    blocks, evenly spread, as the model has token mixers (tools/convert_vmamba.py lets one choose).
+
+    Raises:
+        RuntimeError: names the file and the keys that are missing, unexpected, or of another shape.
+    """
+    cfg = getattr(model, 'pretrained_cfg', {})
+    source = cfg.get('file') or cfg.get('hf_hub_id') or cfg.get('url') or 'the state dict'
+    name = cfg.get('architecture') or 'this architecture'
+    if is_vmamba(state_dict):
+        try:
+            state_dict = convert_vmamba(state_dict, model).state_dict
+        except RuntimeError as e:
+            raise RuntimeError(f'{source} cannot be converted to {name}: {e}') from None
+    classifier = ('head.fc.weight', 'head.fc.bias')
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in classifier}
+    given = {k: tuple(v.shape) for k, v in state_dict.items() if k not in classifier}
+    stem = given.get('stem.conv.weight', ())
+    if len(stem) == 4:
+        given['stem.conv.weight'] = (stem[0], own['stem.conv.weight'][1], *stem[2:])
+    missing = [k for k in own if k not in given]
+    unexpected = [k for k in given if k not in own]
+    shapes = [f'{k} {given[k]} instead of {own[k]}' for k in own if k in given and given[k] != own[k]]
+    problems = [f'{what}: {_abridged(keys)}' for what, keys in (
+        ('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
+    if problems:
+        raise RuntimeError(f'{source} is no checkpoint of {name}; its keys do not match.\n  ' + '\n  '.join(problems))
+    return state_dict
+
+
+def _abridged(items: List[str], most: int = 8) -> str:
+    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
+
+
+def _check_source(variant: str, **kwargs: Any) -> None:
+    """Raise, before anything is built, if `pretrained=True` has no weights to load or a file that cannot be read."""
+    cfg = resolve_pretrained_cfg(
+        variant, pretrained_cfg=kwargs.get('pretrained_cfg'),
+        pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
+    if cfg.state_dict or cfg.source:
+        return
+    if not cfg.has_weights:
+        raise RuntimeError(
+            f'No pretrained weights are published for {variant}. Pass pretrained=False for random weights, or your own '
+            f"checkpoint: timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file=PATH)), "
+            'which adapts it to other num_classes and in_chans, or '
+            f"timm.create_model('{variant}', checkpoint_path=PATH), which does not.")
+    if not cfg.file:
+        return
+    path = Path(cfg.file)
+    if not path.is_file():
+        raise FileNotFoundError(f'{variant}: there is no weights file {path}')
+    if path.suffix == '.safetensors':
+        try:
+            with safe_open(path, framework='pt'):  # reads the header and compares it with the file's length
+                pass
+        except SafetensorError as e:
+            raise RuntimeError(
+                f'{variant}: {path} is not a readable safetensors file (corrupt or truncated): {e}') from e
+    elif not zipfile.is_zipfile(path):  # the container of torch.save, with its index at the end
+        raise RuntimeError(f'{variant}: {path} is not a readable PyTorch checkpoint (corrupt or truncated)')
+
+
+def _create_vim2(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    if pretrained:
+        _check_source(variant, **kwargs)
+    return build_model_with_cfg(
+        VisionMambaMixer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+# Weights that come with the package; pretrained=True works without a network.
+WEIGHTS_DIR = Path(__file__).resolve().parent.parent / 'weights'
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'min_input_size': (3, 32, 32),
+        'pool_size': (7, 7),
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv',
+        'classifier': 'head.fc',
+        'paper_name': 'MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection',
+        'paper_ids': 'arXiv:2403.19888',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    # No ImageNet weights are published: neither the authors nor this project have any.
+    'vim2_tiny.untrained': _cfg(),
+    'vim2_small.untrained': _cfg(),
+    'vim2_base.untrained': _cfg(),
+    'vim2_mlp_tiny.untrained': _cfg(),
+    'vim2_nano_patch2_32.cifar10': _cfg(
+        file=str(WEIGHTS_DIR / 'vim2_nano_patch2_32.cifar10.safetensors'),
+        num_classes=10,
+        label_names=CIFAR10_LABELS,
+        input_size=(3, 32, 32),
+        pool_size=(2, 2),
+        crop_pct=1.0,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+    ),
+    'test_vim2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+})
+
+
+@register_model
+def vim2_tiny(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """ViM2-T (paper table 8)."""
+    model_args = dict(dims=(96, 192, 384, 768), token_depths=(2, 2, 6, 2), channel_depths=(1, 1, 3, 1))
+    return _create_vim2('vim2_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_small(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """ViM2-S (paper table 8)."""
+    model_args = dict(dims=(96, 192, 384, 768), token_depths=(2, 2, 18, 2), channel_depths=(1, 1, 9, 1))
+    return _create_vim2('vim2_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_base(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """ViM2-B (paper table 8)."""
+    model_args = dict(dims=(128, 256, 512, 1024), token_depths=(2, 2, 18, 2), channel_depths=(1, 1, 9, 1))
+    return _create_vim2('vim2_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """ViM2-MLP: ViM2-T with an MLP in place of each channel mixer, without weighted averaging."""
+    model_args = dict(
+        dims=(96, 192, 384, 768), token_depths=(2, 2, 6, 2), channel_depths=(1, 1, 3, 1),
+        channel_mixer='mlp', weighted_average=False)
+    return _create_vim2('vim2_mlp_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_nano_patch2_32(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """A small ViM2 for images of 32 x 32, with a stem of stride 2."""
+    model_args = dict(
+        patch_size=2, dims=(32, 64, 128, 256), token_depths=(2, 2, 2, 2), channel_depths=(1, 1, 1, 1),
+        d_state=4, token_grid=4)
+    return _create_vim2('vim2_nano_patch2_32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vim2(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """A minimal ViM2 with every kind of layer, for fast tests."""
+    model_args = dict(
+        dims=(8, 16, 24, 32), token_depths=(1, 1, 2, 1), channel_depths=(1, 0, 1, 1), d_state=2, token_grid=2)
+    return _create_vim2('test_vim2', pretrained=pretrained, **dict(model_args, **kwargs))
