@@ -1,0 +1,147 @@
+"""tools/kernel_report.py: what it counts against what Triton's interpreter does, and one kernel compiled without a
+GPU."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip('triton')
+
+COUNT = r'''
+import collections
+import sys
+import numpy as np
+import torch
+sys.path.insert(0, 'tools')
+import kernel_report
+from triton.runtime import interpreter
+from vim2.ops import triton_scan
+
+triton_scan.SAVE, triton_scan.PART = 16, 8
+spans, counts = [], collections.Counter()
+
+
+def count(pointers, mask):
+    data = pointers.data
+    if mask is not None:
+        data, keep = np.broadcast_arrays(data, mask.data.astype(bool))
+        data = data[keep]
+    size = (pointers.dtype.element_ty.primitive_bitwidth + 7) // 8
+    if data.size:
+        address = int(data.flat[0])
+        for low, high, name in spans:
+            if low <= address < high:
+                counts[name] += data.size * size
+                return
+        raise AssertionError('an access outside every tensor')
+
+
+builder = interpreter.InterpreterBuilder
+load, store = builder.create_masked_load, builder.create_masked_store
+
+
+def counting_load(self, ptrs, mask, *args):
+    count(ptrs, mask)
+    return load(self, ptrs, mask, *args)
+
+
+def counting_store(self, ptrs, value, mask, *args):
+    count(ptrs, mask)
+    return store(self, ptrs, value, mask, *args)
+
+
+builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+original = triton_scan._launch
+
+
+def launch(kernel, programs, *args, **constants):
+    recorded = []
+    kernel_report_launch(recorded, kernel, programs, args, constants)
+    tensors = {k: v for k, v in recorded[0].arguments.items() if isinstance(v, torch.Tensor)}
+    counts.clear()
+    spans.clear()
+    first = {}
+    for name, t in tensors.items():
+        storage = t.untyped_storage()
+        if storage.nbytes():
+            first.setdefault(storage.data_ptr(), (storage.data_ptr() + storage.nbytes(), name))
+    spans.extend((low, high, name) for low, (high, name) in first.items())
+    original(kernel, programs, *args, **constants)
+    same = {name: first.get(t.untyped_storage().data_ptr(), (0, name))[1] for name, t in tensors.items()}
+    expected = collections.Counter()
+    for name, (requests, _) in kernel_report.requested_bytes(recorded[0]).items():
+        expected[same[name]] += requests
+    got = {k: v for k, v in counts.items()}
+    assert got == dict(expected), (kernel, {k: (got.get(k), expected.get(k)) for k in set(got) | set(expected)
+                                            if got.get(k) != expected.get(k)})
+    print(kernel, sum(got.values()))
+
+
+def kernel_report_launch(recorded, kernel, programs, args, constants):
+    from vim2.ops import triton_kernels
+    function = getattr(triton_kernels, kernel)
+    names = [name for name in function.arg_names if name not in constants]
+    given = dict(constants)
+    warps = given.pop('num_warps')
+    arguments = dict(zip(names, args))
+    arguments.update({k: v for k, v in given.items() if k not in arguments and not k.isupper()})
+    recorded.append(kernel_report.Launch(kernel, programs, arguments, given, warps))
+
+
+triton_scan._launch = launch
+Shape, Plan = kernel_report.Shape, triton_scan.Plan
+for shape, plan, layout, last in (
+        (Shape(1, 3, 1, 37, 2), Plan(True, 48), dict(gate=True), True),
+        (Shape(1, 3, 1, 35, 2), Plan(True, 16), dict(), False),
+        (Shape(1, 3, 1, 16, 2), Plan(True, 16), dict(time_contiguous=True), False),
+        (Shape(2, 3, 3, 3, 2, 2), Plan(True, 16, 2), dict(), False),
+        (Shape(1, 3, 3, 3, 2, 2), Plan(False, 16), dict(), False),
+        (Shape(2, 3, 1, 5, 2), Plan(True, 16), dict(constant=True), False)):
+    data = [None if t is None else t.normal_(-2) for t in kernel_report.inputs(shape, torch.float16, device='cpu',
+                                                                               **layout)]
+    directions = list(range(shape.directions))
+    _, _, states = triton_scan.forward(*data, True, directions, last, True, plan=plan)
+    end = torch.randn(shape.batch, shape.directions, shape.channels, shape.states) if last else None
+    triton_scan.backward(torch.randn_like(data[0]), end, *data, states, True, directions, plan=plan)
+print('counted')
+'''
+
+
+def run(root, *args, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    return subprocess.run([sys.executable, *args], cwd=root, env=dict(environment, OMP_NUM_THREADS='1', **variables),
+                          capture_output=True, text=True, timeout=600)
+
+
+def test_bytes_are_those_that_the_kernels_move(root):
+    result = run(root, '-c', COUNT, TRITON_INTERPRET='1', PYTHONPATH=str(root))
+    assert result.returncode == 0 and 'counted' in result.stdout, result.stdout + result.stderr[-3000:]
+    assert {'scan_forward', 'scan_backward', 'chunk_summary', 'chunk_carry', 'merge_parts'} <= set(
+        line.split()[0] for line in result.stdout.splitlines())
+
+
+def test_a_variant_compiles_without_a_gpu_and_does_not_spill(root, tmp_path):
+    result = run(root, 'tools/kernel_report.py', '--variants', 'sequence-infer-fp16', '--targets', 'sm_80', 'sm_90',
+                 'gfx942',
+                 TRITON_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = re.findall(r'sequence-infer-fp16\s+scan_forward\s+(\w+)\s+regs\s+(\d+) spills\s+(\d+).*?exp ([\d.]+)',
+                      result.stdout)
+    assert [row[0] for row in rows] == ['sm_80', 'sm_90', 'gfx942']
+    for _, registers, spills, exponentials in rows:
+        assert 0 < int(registers) <= 255 and int(spills) == 0
+        assert 1 <= float(exponentials) <= 1.3  # one per state, and the softplus
+
+
+def test_long_sequences_move_few_bytes(root):
+    """The issue's bounds, for one direction: everything once, the saved states and the partial sums included."""
+    import kernel_report
+    for dtype in (kernel_report.DTYPES['fp16'], kernel_report.DTYPES['fp32']):
+        shape = kernel_report.SHAPES['sequence']
+        launches = kernel_report.record(shape, dtype)
+        for backward, limit in ((False, 1.15), (True, 1.5)):
+            group = [l for l in launches if (l.kernel == 'scan_forward') != backward]
+            moved = sum(kernel_report.memory_bytes(l, kernel_report.GPUS[1]) for l in group)
+            assert moved <= limit * kernel_report.minimum_bytes(shape, dtype, backward)

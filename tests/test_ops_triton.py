@@ -1,0 +1,194 @@
+"""The Triton backend, in Triton's interpreter: the op's own suite with this backend, and what only this backend has.
+
+TRITON_INTERPRET must be set before triton is imported, so everything runs in subprocesses. The interpreter takes about
+a millisecond per kernel instruction: sizes are small, and the op's suite runs in part; tools/gpu_check.py runs all of
+it on a GPU.
+"""
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip('triton')
+
+SELECTED = ('test_sequence[2-3-all]', 'test_sequence[2-4-groups]', 'test_sequence[1-1-plain]', 'test_map_directions[2]',
+            'test_bad_map')
+
+CHECK = r'''
+import sys
+import traceback
+import torch
+from vim2.ops import triton_scan
+from vim2.ops.reference import scan_reference, scan_reference_backward
+from vim2.ops.triton_scan import Plan
+
+triton_scan.SAVE, triton_scan.PART = 16, 8  # every level of the backward's recomputation in a few steps
+torch.use_deterministic_algorithms(True)    # memory that nothing wrote holds NaN
+
+
+def strided(t, layout, channel):
+    if layout == 'channels':
+        return t.movedim(channel, -1).contiguous().movedim(-1, channel)
+    if layout == 'odd':
+        wide = t.new_zeros([s + 1 for s in t.shape])
+        view = wide[tuple(slice(0, s) for s in t.shape)]
+        return view.copy_(t)
+    return t.contiguous()
+
+
+def check(batch, channels, height, width, states, directions, groups=(1, 1), dtype=torch.float32, skip=True, gate=False,
+          bias=True, softplus=True, last=False, constant=(False, False), layout='channels', shared_A=False, plan=None):
+    generator = torch.Generator().manual_seed(1)
+    K = len(directions)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def positions(const):
+        return (1, 1) if const else (height, width)
+
+    delta = randn(batch, K, channels, height, width) * 0.5 - 1
+    data = [strided(t.to(dtype), layout, c) if t is not None else None for t, c in (
+        (randn(batch, channels, height, width), 1), (delta if softplus else delta.abs(), 2),
+        (-2 * torch.rand(K, 1 if shared_A else channels, states, generator=generator, dtype=torch.float64) - 0.1, 1),
+        (randn(batch, K, groups[0], states, *positions(constant[0])), 3),
+        (randn(batch, K, groups[1], states, *positions(constant[1])), 3),
+        (randn(K, channels) if skip else None, 1), (randn(batch, channels, height, width) if gate else None, 1),
+        (0.3 * randn(K, channels) if bias else None, 1))]
+    if shared_A:
+        data[2] = data[2].expand(-1, channels, -1)
+    grad_out = strided(randn(batch, channels, height, width).to(dtype), layout, 1)
+    grad_last = randn(batch, K, channels, states).float() if last else None
+    exact = [None if t is None else t.double() for t in data]
+    expected = scan_reference(*exact, softplus, directions)
+    expected += scan_reference_backward(grad_out.double(), None if grad_last is None else grad_last.double(), *exact,
+                                        softplus, directions)
+    out, state, saved = triton_scan.forward(*data, softplus, directions, True, True, plan=plan)
+    assert saved.shape == triton_scan.states_shape(data[0], *data[2:5])
+    grads = triton_scan.backward(grad_out, grad_last, *data, saved, softplus, directions, plan=plan)
+    again = triton_scan.backward(grad_out, grad_last, *data, saved, softplus, directions,
+                                 plan=plan) if batch == 1 else grads
+    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    names = ['out', 'last state'] + ['grad of ' + n for n in ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'bias')]
+    for name, actual, want, given in zip(names, (out, state) + grads, expected, [data[0], None] + data):
+        if want is None:
+            assert actual.numel() == 0
+            continue
+        error = ((actual.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+        assert error <= (2e-6 if name == 'last state' else tolerance), (name, error)
+        if given is not None:
+            assert actual.dtype == given.dtype and actual.stride() == torch.empty_like(given).stride(), name
+    assert all(torch.equal(a, b) for a, b in zip(grads, again))
+
+
+for case, sizes in eval(sys.argv[1]).items():
+    try:
+        check(**sizes)
+        print(f'{case}: passed', flush=True)
+    except Exception:
+        print(f'{case}: {traceback.format_exc()}', flush=True)
+'''
+
+CASES = {
+    'odd length, 3 states': dict(batch=1, channels=3, height=1, width=37, states=3, directions=[0]),
+    'reversed': dict(batch=1, channels=3, height=1, width=19, states=2, directions=[2], last=True),
+    'time contiguous': dict(batch=1, channels=3, height=1, width=16, states=2, directions=[0], layout='time'),
+    'time contiguous, chunked, gated, reversed, odd': dict(
+        batch=1, channels=2, height=1, width=35, states=2, directions=[2], layout='time', gate=True, last=True,
+        plan='Plan(True, 16)'),
+    'four directions, added in turn': dict(batch=1, channels=3, height=3, width=4, states=2, directions=[0, 1, 2, 3],
+                                           plan='Plan(True, 16)'),
+    'four directions apart, chunked': dict(batch=1, channels=3, height=4, width=5, states=2, directions=[0, 1, 2, 3],
+                                           plan='Plan(False, 16)', last=True),
+    'several images per program': dict(batch=3, channels=2, height=2, width=3, states=2, directions=[1, 3],
+                                       plan='Plan(True, 16, 2)'),
+    'gated map': dict(batch=1, channels=2, height=2, width=3, states=2, directions=[0, 3], gate=True,
+                      plan='Plan(False, 16)'),
+    'groups': dict(batch=1, channels=6, height=1, width=5, states=2, directions=[0], groups=(2, 3)),
+    'groups wider than a block': dict(batch=1, channels=150, height=1, width=3, states=2, directions=[0], groups=(2,
+                                                                                                                  1)),
+    'constant B, C': dict(batch=2, channels=6, height=1, width=5, states=2, directions=[0], groups=(6, 3),
+                          constant=(True, True), gate=True),
+    'constant C': dict(batch=2, channels=4, height=1, width=5, states=2, directions=[2], constant=(False, True)),
+    'shared A, nothing optional': dict(batch=2, channels=3, height=1, width=5, states=2, directions=[0], skip=False,
+                                       bias=False, softplus=False, shared_A=True),
+    'any strides': dict(batch=1, channels=3, height=2, width=3, states=4, directions=[0, 1, 2, 3], layout='odd'),
+    'one step': dict(batch=1, channels=2, height=1, width=1, states=1, directions=[0]),
+    '64 states': dict(batch=1, channels=2, height=1, width=3, states=64, directions=[0]),
+    '20 states': dict(batch=1, channels=2, height=1, width=3, states=20, directions=[0]),
+    'float16': dict(batch=1, channels=8, height=1, width=8, states=16, directions=[0], dtype='torch.float16',
+                    layout='time'),
+    'bfloat16 map': dict(batch=1, channels=8, height=2, width=2, states=16, directions=[0, 1, 2, 3],
+                         dtype='torch.bfloat16', plan='Plan(True, 16)'),
+}
+
+
+def interpreted(*args, **variables):
+    environment = dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1', **variables)
+    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope='module')
+def results(root):
+    cases = ', '.join(f'{name!r}: dict(' + ', '.join(
+        f'{k}={v if k in ("plan", "dtype") else repr(v)}' for k, v in sizes.items()) + ')' for name,
+        sizes in CASES.items())
+    return interpreted('-c', CHECK, f'{{{cases}}}', PYTHONPATH=str(root))
+
+
+@pytest.mark.parametrize('name', list(CASES))
+def test_against_the_reference(name, results):
+    assert f'{name}: passed' in results.stdout.splitlines(), results.stdout + results.stderr
+
+
+def test_the_suite_of_the_op(root):
+    """Both public functions through dispatch and autograd, in part: the rest takes a GPU."""
+    suite = root / 'tests' / 'test_ops.py'
+    run = interpreted('-m', 'pytest', '-q', '-p', 'no:cacheprovider', *(f'{suite}::{name}' for name in SELECTED),
+                      VIM2_TEST_BACKEND='triton')
+    assert run.returncode == 0 and ' passed' in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def test_a_cpu_tensor_never_imports_triton():
+    # Other packages may import triton; this one may not.
+    code = ("import builtins, torch\n"
+            "original = builtins.__import__\n"
+            "def watch(name, globals=None, locals=None, fromlist=(), level=0):\n"
+            "    importer = (globals or {}).get('__name__', '')\n"
+            "    ours = importer.split('.')[0] == 'vim2'\n"
+            "    assert not (ours and (name.startswith('triton.') or name in ('triton', 'triton_kernels'))), importer\n"
+            "    return original(name, globals, locals, fromlist, level)\n"
+            "builtins.__import__ = watch\n"
+            "from vim2.ops import selective_scan, available_backends\n"
+            "x = torch.randn(1, 4, 8); a = -torch.rand(4, 2); b = torch.randn(1, 2, 8)\n"
+            "selective_scan(x, x.abs(), a, b, b); print(available_backends('cpu'))\n"
+            "try: selective_scan(x, x.abs(), a, b, b, backend='triton')\n"
+            "except RuntimeError as e: assert 'TRITON_INTERPRET' in str(e) and \"'cpu'\" in str(e), e\n"
+            "else: raise AssertionError('ran')\n")
+    environment = {k: v for k, v in os.environ.items() if k not in ('TRITON_INTERPRET', 'VIM2_SCAN_BACKEND')}
+    run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 'triton' not in run.stdout
+
+
+def test_what_is_missing_is_named():
+    import torch
+
+    from vim2.ops.triton_scan import missing
+    meta = torch.empty(1, 2, 1, 3, device='meta')
+    assert 'float64' in missing([meta.double()])
+    assert '64' in missing([meta, meta, torch.empty(1, 2, 65, device='meta')])
+    assert missing([meta, meta, torch.empty(1, 2, 64, device='meta')]) is None
+
+
+def test_plans():
+    from vim2.ops.triton_scan import SAVE, Plan, make_plan
+    assert make_plan(128, 4, 768, 196, 132).merge           # images and channels alone fill the device
+    assert not make_plan(8, 4, 192, 3136, 132).merge
+    assert make_plan(128, 4, 768, 196, 132).chunk >= 196
+    one = make_plan(1, 4, 192, 65536, 132)                  # one large image: the scan itself is cut
+    assert one.chunk < 65536 // 8 and not one.merge
+    for args in ((1, 1, 1, 1, 132), (3, 2, 17, 131, 1), (1, 4, 96, 50176, 304)):
+        plan = make_plan(*args)
+        assert isinstance(plan, Plan) and plan.chunk % SAVE == 0 and 1 <= plan.batch <= args[0]

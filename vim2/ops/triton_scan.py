@@ -1,0 +1,430 @@
+"""Triton backend of the selective scan: what it can run, how it cuts the work, and the launches.
+
+The kernels are in `triton_kernels`; `docs/op.md` tells the algorithm and why the parallel axes are chosen as they are.
+"""
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['Plan', 'backward', 'forward', 'make_plan', 'missing', 'states_shape']
+
+MAX_STATES = 64
+# Steps between two saved states: 4 N / SAVE bytes per channel and step, once written and once read. The backward keeps
+# the states in between, one in PART steps, in a scratch of each program's own, small enough for the cache.
+SAVE = 128
+PART = 8
+DEVICES = ('cuda', 'xpu')  # ROCm's device type is 'cuda' too
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Lanes per multiprocessor below which a launch is cut finer: 12 warps, of a channel per lane.
+LANES_PER_PROCESSOR = 384
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors. Read before triton is imported."""
+    return os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes', 'y')
+
+
+def missing(tensors: Sequence[Tensor]) -> Optional[str]:
+    """What keeps this backend from running on these tensors, in words; None if nothing does. Never imports triton."""
+    if importlib.util.find_spec('triton') is None:
+        return 'the package triton is not installed (pip install triton)'
+    for t in tensors:
+        if t.dtype not in DTYPES:
+            return f'it takes float32, float16 and bfloat16, not {t.dtype}'
+        if t.device.type == 'cpu' and not interpreting():
+            return ("it needs a GPU ('cuda', ROCm included, or 'xpu'), these tensors are on 'cpu' (TRITON_INTERPRET=1, "
+                    'set before triton is imported, runs its kernels on the CPU, slowly)')
+        if t.device.type not in DEVICES + ('cpu', 'meta'):
+            return f"it needs a GPU ('cuda', ROCm included, or 'xpu'), these tensors are on '{t.device.type}'"
+    if len(tensors) > 2 and tensors[2].shape[-1] > MAX_STATES:
+        return f'it takes up to {MAX_STATES} states, A has {tensors[2].shape[-1]}'
+    return None
+
+
+def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int, int, int, int, int]:
+    """Shape of the states that the forward saves: (B, K, segments, N, E), one before each SAVE steps of a scan."""
+    return u.shape[0], A.shape[0], -(-u.shape[2] * u.shape[3] // SAVE), A.shape[2], u.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work is cut.
+
+    Args:
+        merge: a program of the forward scans all K directions in turn and adds them up; else, and always in the
+            backward, each direction is a program of its own, which writes its own float32 part, and a second kernel
+            adds the parts up.
+        chunk: steps of scan time per program, a multiple of SAVE; a scan of several chunks takes a pass before the main
+            one that finds what enters each chunk.
+        batch: images per program of the backward: the partial sums of A's gradient are written once per program.
+    """
+    merge: bool
+    chunk: int
+    batch: int = 1
+
+
+@functools.lru_cache(maxsize=None)
+def _processors(device: torch.device) -> int:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == 'xpu':
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 1
+
+
+def make_plan(batch: int, directions: int, channels: int, length: int, processors: int) -> Plan:
+    """The plan for a shape on a device with that many multiprocessors.
+
+    Directions are merged where images x channels alone fill the device, kept apart where they do not, and the scan is
+    chunked only if even the directions apart leave most of it idle: a chunked scan computes every decay twice.
+    """
+    want = LANES_PER_PROCESSOR * processors
+    lanes = batch * channels
+    merge = directions == 1 or 2 * lanes >= want
+    if not merge:
+        lanes *= directions
+    chunk = -(-length // SAVE) * SAVE
+    if 4 * lanes < want and length >= 4 * SAVE:
+        chunks = min(-(-want // lanes), length // (2 * SAVE))
+        chunk = -(-length // (chunks * SAVE)) * SAVE
+        merge = directions == 1
+    # Short scans: A's gradient is one write of N floats per program and channel, so let a program take several images.
+    images = max(1, min(batch, 512 // max(length, 1)))
+    while images > 1 and batch * channels * directions // images < want:
+        images //= 2
+    return Plan(merge, chunk, images)
+
+
+def _plan(u: Tensor, directions: int) -> Plan:
+    batch, channels, height, width = u.shape
+    return make_plan(batch, directions, channels, height * width, _processors(u.device))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _alignment(t: Tensor, unit: int, limit: int) -> int:
+    """Largest power of two <= limit, in elements, that aligns t's start and every step but those along `unit`.
+
+    0 if dimension `unit` does not have stride 1.
+    """
+    if t.stride(unit) != 1:
+        return 0
+    steps = [s for i, s in enumerate(t.stride()) if i != unit % t.dim() and t.shape[i] > 1]
+    offset = 0 if t.device.type == 'meta' else t.data_ptr() // t.element_size() % limit
+    return math.gcd(limit, offset, *steps)
+
+
+def _extent(t: Tensor, first: int) -> int:
+    """Largest element offset within dimensions first.. of t."""
+    return sum((size - 1) * abs(step) for size, step in zip(t.shape[first:], t.stride()[first:]))
+
+
+class _Scan:
+    """What forward and backward derive alike from the inputs: the cut of the channels, strides and compile-time
+    flags."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan):
+        self.plan = _plan(u, len(directions)) if plan is None else plan
+        self.directions = directions
+        self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.bias = u, delta, A, B, C, D, z, delta_bias
+        self.batch, self.E, self.H, self.W = u.shape
+        self.K, self.N, self.L = len(directions), A.shape[2], u.shape[2] * u.shape[3]
+        self.NP = _power_of_two(self.N)
+        self.codes = sum(code << (2 * k) for k, code in enumerate(directions))
+        if self.plan.chunk % SAVE:
+            raise ValueError(f'the chunk must be a multiple of {SAVE}, got {self.plan.chunk}')
+        # A tensor (..., 1, 1) over a longer scan is constant: loaded once, and its gradient summed over the scan.
+        self.b_const, self.c_const = (t.shape[-2:] != u.shape[-2:] or self.L == 1 for t in (B, C))
+        groups = [t.shape[2] for t, const in ((B, self.b_const), (C, self.c_const)) if not const]
+        self.groups = math.lcm(*groups) if groups else 1
+        self.width = self.E // self.groups
+        self.n_chunks = -(-self.L // self.plan.chunk)
+        # Sequences with time contiguous in memory are read as tiles of a few steps.
+        self.T = 8 if u.element_size() == 2 and self.NP <= 16 else 4
+        self.time_vector = 0
+        self.reverse = directions[0] >= 2
+        if self.K == 1 and self.H == 1 and directions[0] % 2 == 0 and self.L > 1:
+            along = [_alignment(t, -1, 16 // t.element_size()) for t in (u, delta)]
+            if min(along) > 0 and u.stride(1) != 1:
+                self.time_vector = min(*along, self.T) if self.L % self.T == 0 else 1
+        self.pad = -self.L % self.T if self.time_vector and self.reverse else 0
+        self.unit_e = all(t is None or t.stride(d) == 1 for t, d in ((u, 1), (delta, 2), (z, 1)))
+        self.flags = dict(
+            B_CONST=self.b_const, C_CONST=self.c_const, FULL_N=self.N == self.NP,
+            HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=bool(delta_softplus))
+
+    def index64(self, *outputs: Tensor) -> bool:
+        extents = [_extent(self.u, 1), _extent(self.delta, 2), _extent(self.A, 1), _extent(self.B, 2), _extent(self.C,
+                                                                                                               2)]
+        extents += [_extent(t, 1) for t in (self.z, self.bias, self.D) if t is not None]
+        extents += [_extent(t, 2 if t.dim() > 4 else 1) for t in outputs] + [self.N * self.E]
+        return max(extents) >= 2 ** 31 - 2 ** 16
+
+    def blocks(self, width: int) -> Tuple[int, int]:
+        """Blocks of `width` channels per group, and in all."""
+        per_group = -(-self.width // width)
+        return per_group, per_group * self.groups
+
+    def vector(self, t: Tensor, limit: int) -> int:
+        """Alignment, in elements, of the N values of B or C at one position; 1: loaded one by one."""
+        return max(1, min(_alignment(t, 3, 16 // t.element_size()), limit)) if self.N == self.NP else 1
+
+    def strides(self, names: str) -> Dict[str, int]:
+        """Kernel arguments for the strides of the inputs whose prefixes are in `names`."""
+        axes = dict(u=(self.u, 'behw'), d=(self.delta, 'bkehw'), a=(self.A, 'ken'), b=(self.B, 'bkgnhw'),
+                    c=(self.C, 'bkgnhw'), D=(self.D, 'ke'), bias=(self.bias, 'ke'), z=(self.z, 'behw'))
+        out = {}
+        for name in names.split():
+            t, dims = axes[name]
+            out.update(_strides(name, t, dims))
+        return out
+
+
+def _strides(name: str, t: Optional[Tensor], dims: str) -> Dict[str, int]:
+    return {f'{name}_{dim}': 0 if t is None else t.stride(i) for i, dim in enumerate(dims)}
+
+
+def _like(t: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """An uninitialised tensor with the layout of `torch.empty_like(t)`: dense, so element i of its storage is a
+    value."""
+    return torch.empty_like(t, dtype=dtype)
+
+
+def _parts(t: Tensor, count: int) -> Tensor:
+    """`count` float32 arrays, each with the layout of t, which is dense, and as long as t."""
+    return t.new_empty((count * t.numel(),), dtype=torch.float32)
+
+
+def _launch(kernel: str, programs: int, *args, **constants) -> None:
+    """The one place that launches a kernel; tools/kernel_report.py records here what would run."""
+    from . import triton_kernels
+    run = getattr(triton_kernels, kernel)[(programs,)]
+    if args[0].is_cuda:
+        with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on the tensors'
+            run(*args, **constants)
+    else:
+        run(*args, **constants)
+
+
+def _add_up(parts: Tensor, out: Tensor, count: int) -> None:
+    block = 1024
+    n = out.numel()
+    _launch('merge_parts', -(-n // block), parts, out, n, count, BLOCK=block, num_warps=4)
+
+
+def _width(scan: '_Scan') -> Tuple[int, int]:
+    """Channels per program and warps of the kernels that keep a channel per lane."""
+    width = 32
+    while width < 128 and 2 * width <= scan.width and scan.width % (2 * width) == 0:
+        width *= 2
+    return width, width // 32
+
+
+def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Tensor]) -> Tensor:
+    """What enters each chunk, (B, K, chunks, N, E): the state, or the adjoint's if x is grad_out."""
+    u, A = scan.u, scan.A
+    ends = u.new_empty((scan.batch, scan.K, scan.n_chunks, scan.N, scan.E), dtype=torch.float32)
+    lengths = u.new_empty((scan.batch, scan.K, scan.n_chunks, scan.E), dtype=torch.float32)
+    width, warps = _width(scan)
+    per_group, n_blocks = scan.blocks(width)
+    B, const = (scan.C, scan.c_const) if adjoint else (scan.B, scan.b_const)
+    gated = adjoint and scan.z is not None
+    unit = scan.delta.stride(2) == 1 and x.stride(1) == 1 and (not gated or scan.z.stride(1) == 1)
+    flags = {k: v for k, v in scan.flags.items() if k in ('FULL_N', 'HAS_BIAS', 'SOFTPLUS')}
+    _launch(
+        'chunk_summary', scan.batch * scan.K * scan.n_chunks * n_blocks,
+        x, scan.delta, A, B, scan.z if gated else x, x if scan.bias is None else scan.bias, ends, lengths,
+        scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
+        scan.width,
+        scan.E // B.shape[2], scan.K, scan.codes,
+        **_strides('x', x, 'behw'), **scan.strides('d a bias z'), **_strides('b', B, 'bkgnhw'), h_n=scan.E,
+        NP=scan.NP, BE=width, B_CONST=const, B_VECTOR=scan.vector(B, 16), HAS_Z=gated, ADJOINT=adjoint, UNIT_E=unit,
+        EVEN_E=scan.width % width == 0, T=4,
+        INDEX64=scan.index64(x), **flags, num_warps=warps)
+    start = initial if initial is not None else ends
+    _launch(
+        'chunk_carry', scan.batch * scan.K * -(-scan.E // 32),
+        ends, lengths, A, start, scan.E, scan.N, scan.n_chunks, -(-scan.E // 32), scan.K, *A.stride(), scan.E,
+        *(start.stride() if initial is not None else (0, 0, 0, 0)),
+        NP=scan.NP, BE=32, HAS_INITIAL=initial is not None, ADJOINT=adjoint, num_warps=1)
+    return ends
+
+
+def forward(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor],
+        z: Optional[Tensor],
+        delta_bias: Optional[Tensor],
+        delta_softplus: bool,
+        directions: List[int],
+        want_last_state: bool,
+        save_states: bool,
+        *,
+        plan: Optional[Plan] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The canonical scan, see `vim2.ops.scan`.
+
+    Returns:
+        out (B, E, H, W) in u's dtype and layout, the last states (B, K, E, N) float32 or an empty tensor, and the saved
+        states (`states_shape`) or an empty tensor.
+    """
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan)
+    out = _like(u)
+    # An operator may not return one tensor twice: an empty one each.
+    last = u.new_empty((scan.batch, scan.K, scan.E, scan.N) if want_last_state else (0,), dtype=torch.float32)
+    states = u.new_empty(states_shape(u, A, B, C) if save_states else (0,), dtype=torch.float32)
+    start = _chunk_states(scan, u, False, None) if scan.n_chunks > 1 else None
+
+    merged = scan.K == 1 or scan.plan.merge
+    # With the directions apart there is no one program that could gate their sum.
+    gate_after = not merged and z is not None
+    target = out if merged else _parts(out, scan.K)
+    acc = out if merged and (scan.K == 1 or out.dtype == torch.float32) else _like(out,
+                                                                                   torch.float32) if merged else target
+    width, warps = _width(scan)
+    per_group, n_blocks = scan.blocks(width)
+    flags = dict(scan.flags, HAS_Z=z is not None and merged)
+    _launch(
+        'scan_forward', scan.batch * (1 if merged else scan.K) * scan.n_chunks * n_blocks,
+        u, delta, A, B, C, u if D is None else D, u if z is None else z, u if delta_bias is None else delta_bias,
+        last if start is None else start, acc, target, last, states,
+        scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
+        scan.width,
+        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, 1 if merged else scan.K, scan.codes,
+        0 if merged else out.numel(), -(-scan.L // SAVE),
+        **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
+        KM=scan.K if merged else 1, NP=scan.NP, BE=width, T=scan.T, SAVE=SAVE,
+        B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None, HAS_START=start is not None,
+        WANT_LAST=want_last_state, SAVE_STATES=save_states, UNIT_E=scan.unit_e and out.stride(1) == 1,
+        EVEN_E=scan.width % width == 0,
+        TIME_VECTOR=scan.time_vector, REVERSE=scan.reverse if scan.time_vector else False,
+        INDEX64=scan.index64(out), **flags, num_warps=warps)
+    if not merged:
+        if gate_after:
+            total = _like(out, torch.float32)
+            _add_up(target, total, scan.K)
+            out.copy_(total * torch.nn.functional.silu(z.float()))
+        else:
+            _add_up(target, out, scan.K)
+    return out, last, states
+
+
+def _backward_layout(scan: '_Scan') -> Dict[str, int]:
+    """The backward's five dimensions, see `triton_kernels`: 32 lanes over states and channels, warps over channels."""
+    lanes = min(scan.NP, 4 if scan.NP <= 16 else 8)
+    registers = scan.NP // lanes
+    per_lane = 2 if registers <= 4 else 1
+    warps = 4
+    while warps > 1 and warps * per_lane * (32 // lanes) > scan.width:
+        warps //= 2
+    return dict(NR=registers, NL=lanes, CR=per_lane, CW=warps, CL=32 // lanes, T=4, PART=PART)
+
+
+def backward(
+        grad_out: Tensor,
+        grad_last: Optional[Tensor],
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor],
+        z: Optional[Tensor],
+        delta_bias: Optional[Tensor],
+        states: Tensor,
+        delta_softplus: bool,
+        directions: List[int],
+        *,
+        plan: Optional[Plan] = None,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias; an empty tensor for each that is absent. Deterministic."""
+    grad_z = u.new_empty(0) if z is None else _like(z)
+    if z is not None and len(directions) > 1:
+        # The gate multiplies the sum over directions, which no single pass has: one more forward finds it.
+        total, _, _ = forward(u.float(), delta, A, B, C, D, None, delta_bias, delta_softplus, directions, False, False,
+                              plan=plan)
+        g, zf = grad_out.float(), z.float()
+        gate = torch.sigmoid(zf)
+        grad_z.copy_(g * total * gate * (1 + zf * (1 - gate)))
+        grad_out, z = g * zf * gate, None
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan)
+    if z is None and states.numel() != math.prod(states_shape(u, A, B, C)):
+        raise RuntimeError(f'the saved states have shape {tuple(states.shape)}, not {states_shape(u, A, B, C)}')
+    images = scan.plan.batch
+    b_blocks = -(-scan.batch // images)
+    end = grad_last
+    if scan.n_chunks > 1:
+        end = _chunk_states(scan, grad_out, True, grad_last)
+    elif end is not None:
+        end = end.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
+
+    apart = scan.K > 1
+    grad_u, grad_delta = _like(u), _like(delta)
+    parts_u = _parts(grad_u, scan.K) if apart else grad_u
+    layout = _backward_layout(scan)
+    width = layout['CR'] * layout['CW'] * layout['CL']
+    per_group, n_blocks = scan.blocks(width)
+
+    def scanned(t: Tensor, const: bool):
+        """Gradient of B or C, where the kernel writes it, how many parts that has, and their stride."""
+        grad = _like(t)
+        if const:
+            return grad, u.new_empty((scan.batch, scan.n_chunks, scan.K, scan.N, scan.E), dtype=torch.float32), 1
+        slots = n_blocks // t.shape[2]
+        return grad, grad if slots == 1 else _parts(grad, slots), slots
+
+    grad_B, parts_B, slots_b = scanned(B, scan.b_const)
+    grad_C, parts_C, slots_c = scanned(C, scan.c_const)
+    sums = (b_blocks, scan.n_chunks, scan.K)
+    sum_A = u.new_empty(sums + (scan.N, scan.E), dtype=torch.float32)
+    sum_D = u.new_empty(sums + (scan.E,) if D is not None else (0,), dtype=torch.float32)
+    sum_bias = u.new_empty(sums + (scan.E,) if delta_bias is not None else (0,), dtype=torch.float32)
+    programs = b_blocks * scan.K * scan.n_chunks * n_blocks
+    scratch = u.new_empty((programs, SAVE // PART, scan.N, width), dtype=torch.float32)
+    unit = scan.unit_e and all(t is None or t.stride(d) == 1 for t, d in (
+        (grad_out, 1), (grad_u, 1), (grad_delta, 2), (grad_z if z is not None else None, 1)))
+    _launch(
+        'scan_backward', programs,
+        grad_out, u, delta, A, B, C, u if D is None else D, u if z is None else z,
+        u if delta_bias is None else delta_bias,
+        states, states if end is None else end,
+        parts_u, grad_delta, sum_A, parts_B, parts_C, sum_D, sum_bias, grad_u if z is None else grad_z, scratch,
+        scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
+        scan.width,
+        scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K, scan.K,
+        scan.codes,
+        scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE),
+        width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
+        **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
+        **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
+        BB=images, **layout, SAVE=SAVE,
+        B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
+        HAS_D=D is not None, HAS_END=end is not None, UNIT_E=unit, EVEN_E=scan.width % width == 0,
+        INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
+
+    if apart:
+        _add_up(parts_u, grad_u, scan.K)
+    for t, grad, parts, const, slots in ((B, grad_B, parts_B, scan.b_const, slots_b),
+                                         (C, grad_C, parts_C, scan.c_const, slots_c)):
+        if const:
+            per_group_sum = parts.sum(1).unflatten(-1, (t.shape[2], -1)).sum(-1)  # (B, K, N, G)
+            grad.copy_(per_group_sum.transpose(-1, -2)[..., None, None])
+        elif slots > 1:
+            _add_up(parts, grad, slots)
+    # An operator may not return one tensor twice: an empty one each.
+    grad_A = _like(A).copy_(sum_A.sum((0, 1)).transpose(-1, -2))
+    grad_D = u.new_empty(0) if D is None else _like(D).copy_(sum_D.sum((0, 1)))
+    grad_bias = u.new_empty(0) if delta_bias is None else _like(delta_bias).copy_(sum_bias.sum((0, 1)))
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
