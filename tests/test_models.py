@@ -19,6 +19,7 @@ import vim2
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer
 from vim2.models import VisionMambaMixer
 from vim2.models.vim2 import PatchMerging, mixer_order
+from vim2.models.vmamba import convert_vmamba
 
 if hasattr(torch._C, '_jit_set_profiling_executor'):
     # The legacy executor is too slow to compile large models for unit tests, and fusion would not show anything here.
@@ -552,16 +553,10 @@ def test_without_averages_and_channel_mixers_it_is_vmamba(shared_data):
     model = VisionMambaMixer(
         num_classes=10, dims=(16, 32, 64, 128), token_depths=(1, 1, 2, 1), channel_depths=0,
         weighted_average=False).eval()
-    weights = {}
-    for name, value in tensors.items():
-        if name.startswith('state_dict.'):
-            name = name.removeprefix('state_dict.')
-            name = re.sub(r'^layers\.(\d)\.downsample', lambda m: f'stages.{int(m[1]) + 1}.downsample', name)
-            name = re.sub(r'^layers\.(\d)\.blocks', r'stages.\1.blocks', name).replace('.op.', '.mixer.')
-            name = re.sub(r'mixer\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)', r'mixer.s6.\1', name)
-            name = name.replace('patch_embed.0', 'stem.conv').replace('patch_embed.2', 'stem.norm')
-            weights[name.replace('classifier.norm', 'norm').replace('classifier.head', 'head.fc')] = value
-    model.load_state_dict(weights)
+    weights = {n.removeprefix('state_dict.'): v for n, v in tensors.items() if n.startswith('state_dict.')}
+    conversion = convert_vmamba(weights, model)
+    assert not conversion.initialized and not conversion.unused
+    model.load_state_dict(conversion.state_dict)
     with torch.no_grad():
         torch.testing.assert_close(model(tensors['input']), tensors['logits'], rtol=0, atol=1e-4)
 
