@@ -18,14 +18,15 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import cfunc, njit, types
 from torch import Tensor
 
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
-    F32, LANES, VBYTES, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64,
-    transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vfma, vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset,
-    vstore, vstore_as, vsub, vsum,
+    F32, LANES, VBYTES, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64, transpose16,
+    vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vload, vload_as, vlog1p, vmax, vmul,
+    vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
 LOG2E = np.float32(1.4426950408889634)
@@ -201,11 +202,10 @@ def _view_rows(tensor, origin, offsets, steps, states, rows, identity):
 
 
 @_jit
-def _load_lanes(tensor, origin, stride, lanes, target, scale):
-    """One float32 vector of up to 16 elements `stride` bytes apart, times `scale`; the rest 0."""
-    dtype = load_i64(tensor + DTYPE)
+def _load_lanes(origin, stride, lanes, target):
+    """One vector of up to 16 float32 `stride` bytes apart; the rest 0."""
     for i in range(LANES):
-        store_f32(target + 4 * i, load_as(dtype, origin + i * stride) * scale if i < lanes else ZERO)
+        store_f32(target + 4 * i, load_f32(origin + i * stride) if i < lanes else ZERO)
 
 
 @_jit
@@ -216,7 +216,7 @@ def _fill(target, count):
 
 @njit(inline='always')
 def _softplus(x):
-    return vadd(vmax(x, vset(ZERO)), vlog1p(vexp2(vmul(vabs(x), vset(-LOG2E)))))
+    return vadd(vmax(x, vset(ZERO)), vlog1p(vexp2_nonpositive(vmul(vabs(x), vset(-LOG2E)))))
 
 
 @_jit
@@ -225,7 +225,7 @@ def _silu_tile(tile, steps, slope):
     one = vset(ONE)
     for t in range(steps):
         x = vload(tile + VBYTES * t)
-        e = vexp2(vmul(vabs(x), vset(-LOG2E)))
+        e = vexp2_nonpositive(vmul(vabs(x), vset(-LOG2E)))
         r = vdiv(one, vadd(one, e))
         gate = vselect_negative(x, vmul(e, r), r)
         if slope:
@@ -279,28 +279,6 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
 
 
 @_jit
-def _load_constants(p, k, first, last, decay, skip, bias):
-    """A log2(e), D and delta_bias of a range of blocks as vectors of 16 channels (0 where absent)."""
-    states = load_i64(p + STATES)
-    width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
-    for block in range(first, last):
-        group = block // per_group
-        i = (block - group * per_group) * LANES
-        lanes = min(LANES, width - i)
-        channel = group * width + i
-        j = block - first
-        origin = load_i64(p + A_) + k * load_i64(p + A_ + STRIDE_K) + channel * load_i64(p + A_ + STRIDE_E)
-        for n in range(states):
-            _load_lanes(p + A_, origin + n * load_i64(p + A_ + STRIDE_N), load_i64(p + A_ + STRIDE_E), lanes,
-                        decay + VBYTES * (j * states + n), LOG2E)
-        for tensor, target in ((p + D_, skip), (p + BIAS, bias)):
-            stride = load_i64(tensor + STRIDE_E)
-            present = load_i64(tensor) != 0
-            _load_lanes(tensor, load_i64(tensor) + k * load_i64(tensor + STRIDE_K) + channel * stride, stride,
-                        lanes if present else 0, target + VBYTES * j, ONE)
-
-
-@_jit
 def _forward(p, worker):
     jobs, parts, blocks = load_i64(p + JOBS), load_i64(p + PARTS), load_i64(p + BLOCKS)
     directions, states = load_i64(p + DIRECTIONS), load_i64(p + STATES)
@@ -321,10 +299,7 @@ def _forward(p, worker):
     tile_dt, tile_y, tile_x = tile_u + TILE, tile_u + 2 * TILE, tile_u + 3 * TILE
     rows_b = tile_u + 4 * TILE
     rows_c = rows_b + 4 * CHUNK * states
-    skip = rows_c + 4 * CHUNK * states
-    bias = skip + VBYTES * part_blocks
-    decay = bias + VBYTES * part_blocks
-    h = decay + VBYTES * part_blocks * states
+    h = rows_c + 4 * CHUNK * states
 
     softplus = load_i64(p + SOFTPLUS)
     for t in range(CHUNK):
@@ -339,7 +314,9 @@ def _forward(p, worker):
         last = min(first + part_blocks, blocks)
         for k in range(directions):
             direction = load_i64(p + ORDER + 8 * k)
-            _load_constants(p, k, first, last, decay, skip, bias)
+            decay = load_i64(p + A_) + VBYTES * states * (k * blocks + first)
+            skip = load_i64(p + D_) + VBYTES * (k * blocks + first)
+            bias = load_i64(p + BIAS) + VBYTES * (k * blocks + first)
             _fill(h, (last - first) * states)
             for chunk in range(chunks):
                 steps = min(CHUNK, length - chunk * CHUNK)
@@ -570,12 +547,9 @@ def _backward(p, worker):
     rows_c = rows_b + 4 * CHUNK * states
     acc_b = rows_c + 4 * CHUNK * states
     acc_c = acc_b + VBYTES * CHUNK * states
-    skip = acc_c + VBYTES * CHUNK * states
-    bias = skip + VBYTES * part_blocks
-    sum_d = bias + VBYTES * part_blocks
+    sum_d = acc_c + VBYTES * CHUNK * states
     sum_bias = sum_d + VBYTES * part_blocks
-    decay = sum_bias + VBYTES * part_blocks
-    carry = decay + VBYTES * part_blocks * states
+    carry = sum_bias + VBYTES * part_blocks
     sum_a = carry + VBYTES * part_blocks * states
 
     _fill(acc_b, 2 * CHUNK * states)
@@ -593,7 +567,9 @@ def _backward(p, worker):
         last = min(first + part_blocks, blocks)
         for k in range(directions):
             direction = load_i64(p + ORDER + 8 * k)
-            _load_constants(p, k, first, last, decay, skip, bias)
+            decay = load_i64(p + A_) + VBYTES * states * (k * blocks + first)
+            skip = load_i64(p + D_) + VBYTES * (k * blocks + first)
+            bias = load_i64(p + BIAS) + VBYTES * (k * blocks + first)
             _fill(sum_d, 2 * part_blocks)
             _fill(sum_a, (last - first) * states)
             if load_i64(p + G_LAST):
@@ -603,10 +579,10 @@ def _backward(p, worker):
                     i = (block - group * per_group) * LANES
                     stride = load_i64(tensor + STRIDE_E)
                     for n in range(states):
-                        _load_lanes(tensor, load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
+                        _load_lanes(load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
                                     + k * load_i64(tensor + STRIDE_K) + (group * width + i) * stride
                                     + n * load_i64(tensor + STRIDE_N), stride, min(LANES, width - i),
-                                    carry + VBYTES * ((block - first) * states + n), ONE)
+                                    carry + VBYTES * ((block - first) * states + n))
             else:
                 _fill(carry, (last - first) * states)
             for chunk in range(chunks - 1, -1, -1):
@@ -678,7 +654,7 @@ def _backward(p, worker):
                         prefetch(to_gdelta + load_i64(off_gdelta + 8 * t))
                         x, dt, g = vload(to_x), vadd(vload(to_dt), b), vload(to_g)
                         if softplus:
-                            e = vexp2(vmul(vabs(dt), vset(-LOG2E)))
+                            e = vexp2_nonpositive(vmul(vabs(dt), vset(-LOG2E)))
                             r = vdiv(one, vadd(one, e))
                             vstore(tile_slope + o, vselect_negative(dt, vmul(e, r), r))
                             dt = vadd(vmax(dt, zero), vlog1p(e))
@@ -815,9 +791,18 @@ def _describe(fields: np.ndarray, slot: int, t: Optional[Tensor], axes: str) -> 
         fields[at + _AXES[axis] // 8] = 0 if shape[i] == 1 else strides[i] * size
 
 
+def _by_block(t: Tensor, groups: int, width: int, group_blocks: int) -> Tensor:
+    """(K, E, ...) as float32 (K, blocks, ..., 16): what a block of 16 channels needs, as vectors; padded with 0."""
+    t = t.float().reshape(t.shape[0] * groups, width, *t.shape[2:])
+    missing = group_blocks * LANES - width
+    if missing:
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
+    return t.reshape(-1, LANES, *t.shape[2:]).movedim(1, -1).contiguous()
+
+
 def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of, scratch_of
-             ) -> Tuple[np.ndarray, Tensor, int, int]:
-    """Fields that both kernels share, their scratch memory (to be kept alive), workers and parts."""
+             ) -> Tuple[np.ndarray, List[Tensor], int, int]:
+    """Fields that both kernels share, memory of theirs that is to be kept alive, workers and parts."""
     batch, dim, height, width = u.shape
     states = A.shape[2]
     groups, group_width, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
@@ -836,17 +821,22 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of
         fields[at // 8] = value
     fields[ORDER // 8:ORDER // 8 + len(directions)] = directions
     for slot, t, axes in (
-            (U, u, 'behw'), (DELTA, delta, 'bkehw'), (A_, A, 'ken'), (B_, B, 'bkgnhw'), (C_, C, 'bkgnhw'),
-            (D_, D, 'ke'), (Z, z, 'behw'), (BIAS, delta_bias, 'ke')):
+            (U, u, 'behw'), (DELTA, delta, 'bkehw'), (B_, B, 'bkgnhw'), (C_, C, 'bkgnhw'), (Z, z, 'behw')):
         _describe(fields, slot, t, axes)
+    alive = [scratch, _by_block(A, groups, group_width, group_blocks) * float(LOG2E)]
+    fields[A_ // 8] = alive[-1].data_ptr()
+    for slot, t in ((D_, D), (BIAS, delta_bias)):
+        alive.append(A.new_zeros(len(directions) * blocks * LANES, dtype=torch.float32) if t is None
+                     else _by_block(t, groups, group_width, group_blocks))
+        fields[slot // 8] = alive[-1].data_ptr()
     fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = B.shape[2], C.shape[2]  # their groups
-    return fields, scratch, workers, parts
+    return fields, alive, workers, parts
 
 
 def _forward_parts(batch: int, blocks: int) -> int:
     # Any cut gives the same result. Each reads B and C anew: no more cuts than it takes to keep the threads busy.
     threads = torch.get_num_threads()
-    return max(1, min(blocks, -(-2 * threads // batch))) if threads > 1 else 1
+    return max(1, min(blocks, -(-threads // batch)))
 
 
 def _backward_parts(batch: int, blocks: int) -> int:
@@ -855,11 +845,11 @@ def _backward_parts(batch: int, blocks: int) -> int:
 
 
 def _forward_scratch(blocks: int, states: int) -> int:
-    return 10 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
+    return 10 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * states
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
-    return 15 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (4 + 3 * states)
+    return 15 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
 
 
 _HUGE = 32 << 20  # glibc never recycles blocks larger than this: each comes fresh from the system
@@ -902,7 +892,7 @@ def forward(
         save_states: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The canonical scan (see `vim2.ops.scan`): out, last states or empty, saved states or empty."""
-    fields, scratch, workers, _ = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+    fields, alive, workers, _ = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
                                            _forward_parts, _forward_scratch)
     out = _sum_buffer(u, directions)
     last = torch.empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,))
@@ -922,7 +912,7 @@ def backward(
         directions: List[int],
 ) -> Tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias (an empty tensor for each that is absent)."""
-    fields, scratch, workers, parts = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+    fields, alive, workers, parts = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
                                                _backward_parts, _backward_scratch)
     batch, dim = u.shape[:2]
     k, n = A.shape[0], A.shape[2]
