@@ -8,14 +8,14 @@ ROOT = Path(__file__).parent
 
 EXTRAS = {
     # what tools/*.py import beyond the package itself
-    'tools': ['pillow>=10.1', 'pyyaml>=6.0', 'tqdm>=4.60'],
+    'tools': ['matplotlib>=3.7', 'pillow>=10.1', 'pyyaml>=6.0', 'tqdm>=4.60'],
     # detection and segmentation: the maintained forks, which keep the import names mmengine, mmdet and mmseg; mmcv
     # with its compiled operators must be built, because its wheels come without them
     'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
     'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
     'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'neuralforecast>=3.0'],
 }
-EXTRAS['dev'] = EXTRAS['tools'] + ['pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'matplotlib>=3.7', 'psutil>=5.9']
+EXTRAS['dev'] = EXTRAS['tools'] + ['pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
 
 setup(
     name='vim2',

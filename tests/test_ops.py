@@ -460,10 +460,11 @@ def test_concurrent_calls():
 
 
 MEMORY_SCRIPT = '''
-import resource, torch
+import torch
 from vim2.ops import selective_scan
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss would start at the parent's peak
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
 def make(batch, dim, length, states):
     torch.manual_seed(0)
     u, delta = torch.randn(batch, length, dim).transpose(1, 2), torch.rand(batch, length, dim).transpose(1, 2)
@@ -481,11 +482,12 @@ print((peak() - before + size) / size)
 
 
 @only_cpu_backend
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak memory is read from /proc')
 def test_peak_memory():
     """Forward and backward of one large scan take less than 6 times its inputs; (B, D, L, N) would be 8 times."""
     done = subprocess.run([sys.executable, '-c', MEMORY_SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 6
+    assert 2 < float(done.stdout) < 6  # the results alone are as large as the inputs
 
 
 def test_light_import():

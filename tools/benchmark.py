@@ -27,7 +27,7 @@ from _common import HelpFormatter, UserError, at_least, print_json, register_mod
 # Width of a stage's inner map, for dims of 96 to 768 (tiny, small) and 128 to 1024 (base), and its side at 224 px.
 STAGES = [(f'{name} stage {i + 1}', 2 * dim * 2 ** i, 56 // 2 ** i)
           for name, dim in (('tiny/small', 96), ('base', 128)) for i in range(4)]
-EXP_ELEMENTS = 1 << 22  # larger ones are timed in pieces of this size: it fits the caches, where torch.exp is fastest
+EXP_ELEMENTS = 1 << 18  # timed in pieces of this size: they fit the caches, where torch.exp is fastest
 
 
 def machine() -> Dict[str, object]:
@@ -47,14 +47,21 @@ def timed(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def rounds(jobs: Dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> Dict[str, List[float]]:
-    """Seconds of each job in each round; the jobs take turns."""
+def rounds(jobs: Dict[str, Callable[[], object]], repeats: int, warmup: int = 2, warm: bool = False
+           ) -> Dict[str, List[float]]:
+    """Seconds of each job in each round; the jobs take turns.
+
+    With `warm` each job runs once more, untimed, right before it is timed: it then finds its inputs in the caches, as
+    it would behind the layer that made them, and not what the other jobs left there.
+    """
     for _ in range(warmup):
         for fn in jobs.values():
             fn()
     times: Dict[str, List[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, fn in jobs.items():
+            if warm:
+                fn()
             times[name].append(timed(fn))
     return times
 
@@ -111,7 +118,7 @@ def bench_scan(args: argparse.Namespace) -> Dict[str, object]:
                 times = rounds(dict(
                     exp=exp, forward=forward,
                     backward=lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)),  # noqa: B023
-                    args.repeats)
+                    args.repeats, warm=True)
                 results.append(dict(
                     stage=stage, states=states, batch=batch, channels=dim, side=side, updates=elements,
                     forward_ms=1e3 * statistics.median(times['forward']),
@@ -178,6 +185,10 @@ def eval_step(model: torch.nn.Module, batch: int, size: int) -> Callable[[], Non
 
 def peak_bytes() -> int:
     """Most memory this process has held, in bytes."""
+    if os.path.exists('/proc/self/status'):
+        # ru_maxrss would count the parent's memory too: a child inherits its peak
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
