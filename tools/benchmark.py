@@ -328,6 +328,7 @@ def main() -> None:
 
     p = command('scan', bench_scan, "the fused scan against bare torch.exp over as many elements as it has states, at "
                                     "the shapes of every stage of every ViM2")
+    p.set_defaults(repeats=15)  # short runs: more of them, so that a process that is still warming up is outvoted
     p.add_argument('--states', type=int, nargs='+', default=[16, 4], metavar='N', help='states per channel')
     p.add_argument('--batch', type=int, nargs='+', default=[1, 8], metavar='N', help='batch sizes')
 
