@@ -1,0 +1,47 @@
+"""tools/benchmark.py: every subcommand runs and its figures hang together. Speeds themselves are not asserted."""
+import json
+
+import pytest
+
+import benchmark
+
+
+def test_scan(tool, monkeypatch):
+    monkeypatch.setattr(benchmark, 'STAGES', [('small', 32, 5)])
+    result = tool('benchmark', 'scan', '--json', '--states', 4, 3, '--batch', 2, '--repeats', 3)
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert [(r['states'], r['batch'], r['updates']) for r in report['results']] == [
+        (n, 2, 2 * 4 * 25 * 32 * n) for n in (4, 3)]
+    for r in report['results']:
+        assert r['forward_ms'] > 0 and r['exp_ms'] > 0 and r['backward_ms'] > 0
+        assert r['forward_over_exp'] > 0 and r['backward_over_forward'] > 0
+    assert report['machine']['threads'] >= 1
+    assert [w['forward_over_exp'] for w in report['worst']] == [r['forward_over_exp'] for r in report['results']]
+
+
+def test_model(tool):
+    result = tool('benchmark', 'model', 'test_vim2', 'test_vit', '--json', '--batch-size', 2, '--repeats', 2)
+    assert result.code == 0, result.err
+    first, last = json.loads(result.out)['results']
+    assert (first['model'], last['model']) == ('test_vim2', 'test_vit')
+    assert first['img_size'] == 64 and last['img_size'] == 160
+    for key in ('speed_vs_last', 'latency_speed_vs_last', 'train_speed_vs_last'):
+        assert last[key] == 1 and first[key] > 0
+    for r in (first, last):
+        assert r['images_per_s'] > 0 and r['train_peak_mb'] >= r['forward_peak_mb'] >= 0
+        assert r['train_peak_mb'] > 0  # measured in a process of its own, whose parent holds much more
+
+
+def test_scaling(tool, tmp_path):
+    path = tmp_path / 'scaling.png'
+    result = tool('benchmark', 'scaling', 'test_vim2', '--sizes', 64, 96, '--repeats', 1, '--plot', path)
+    assert result.code == 0, result.err
+    assert '64 px' in result.out and '96 px' in result.out and path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (('model', 'no_such_model'), 'no_such_model'), (('scan', '--repeats', 0), '--repeats must be at least 1')])
+def test_mistakes(tool, arguments, message):
+    result = tool('benchmark', *arguments)
+    assert result.code == 2 and message in result.err and 'Traceback' not in result.err
