@@ -36,9 +36,9 @@ TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
-(NEXT_JOB, NEXT_WORKER, JOBS, BATCH, DIRECTIONS, DIM, STATES, HEIGHT, WIDTH, GROUP_WIDTH, GROUP_BLOCKS, BLOCKS, PARTS,
- SOFTPLUS, SCRATCH, SCRATCH_SIZE, SAVED, ORDER) = (8 * i for i in range(18))
-FIELDS = 18 + 4  # ORDER holds up to four scan directions
+(NEXT_JOB, NEXT_WORKER, JOBS, DIRECTIONS, DIM, STATES, HEIGHT, WIDTH, GROUP_WIDTH, GROUP_BLOCKS, BLOCKS, PARTS,
+ SOFTPLUS, SCRATCH, SCRATCH_SIZE, SAVED, ORDER) = (8 * i for i in range(17))
+FIELDS = 17 + 4  # ORDER holds up to four scan directions
 ADDRESS, DTYPE, STRIDE_B, STRIDE_K, STRIDE_G, STRIDE_E, STRIDE_N, STRIDE_H, STRIDE_W, STRIDE_PART = (
     8 * i for i in range(10))
 _TENSORS = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'bias', 'out', 'last', 'grad_out', 'grad_last', 'grad_u',
@@ -50,6 +50,13 @@ _AXES = {'b': STRIDE_B, 'k': STRIDE_K, 'g': STRIDE_G, 'e': STRIDE_E, 'n': STRIDE
 _DTYPES = {torch.float32: F32, torch.bfloat16: 1, torch.float16: 2}
 
 _jit = njit(error_model='numpy', cache=True)
+
+
+@njit(inline='always')
+def _origin(tensor, image, k, group, channel):
+    """Address of a tensor's first position; the stride of an axis that it lacks is 0."""
+    return (load_i64(tensor) + image * load_i64(tensor + STRIDE_B) + k * load_i64(tensor + STRIDE_K)
+            + group * load_i64(tensor + STRIDE_G) + channel * load_i64(tensor + STRIDE_E))
 
 
 @_jit
@@ -339,24 +346,19 @@ def _forward(p, worker):
                     if group != loaded:
                         loaded = group
                         at_b, view_b = _view_rows(
-                            b_, load_i64(b_) + image * load_i64(b_ + STRIDE_B) + k * load_i64(b_ + STRIDE_K)
-                            + (group // per_b) * load_i64(b_ + STRIDE_G), off_b, steps, states, rows_b, identity_rows)
+                            b_, _origin(b_, image, k, group // per_b, 0), off_b, steps, states, rows_b, identity_rows)
                         at_c, view_c = _view_rows(
-                            c_, load_i64(c_) + image * load_i64(c_ + STRIDE_B) + k * load_i64(c_ + STRIDE_K)
-                            + (group // per_c) * load_i64(c_ + STRIDE_G), off_c, steps, states, rows_c, identity_rows)
+                            c_, _origin(c_, image, k, group // per_c, 0), off_c, steps, states, rows_c, identity_rows)
                     if load_i64(p + SAVED):
                         saved = load_i64(p + SAVED) + VBYTES * states * (
                             ((image * directions + k) * chunks + chunk) * blocks + block)
                         for n in range(states):
                             vstore(saved + VBYTES * n, vload(state + VBYTES * n))
                     at_u, view_u = _view_tile(
-                        u, load_i64(u) + image * load_i64(u + STRIDE_B) + channel * load_i64(u + STRIDE_E), off_u,
-                        steps, lanes, tile_u, identity)
+                        u, _origin(u, image, 0, 0, channel), off_u, steps, lanes, tile_u, identity)
                     at_dt, view_dt = _view_tile(
-                        delta, load_i64(delta) + image * load_i64(delta + STRIDE_B)
-                        + k * load_i64(delta + STRIDE_K) + channel * load_i64(delta + STRIDE_E), off_delta, steps,
-                        lanes, tile_dt, identity)
-                    origin = load_i64(out) + image * load_i64(out + STRIDE_B) + channel * load_i64(out + STRIDE_E)
+                        delta, _origin(delta, image, k, 0, channel), off_delta, steps, lanes, tile_dt, identity)
+                    origin = _origin(out, image, 0, 0, channel)
                     ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
                     b = vload(bias + VBYTES * (block - first))
                     for t in range(steps):
@@ -377,8 +379,7 @@ def _forward(p, worker):
                             _load_tile(out, origin, off_out, steps, lanes, tile_u)
                             for t in range(0, VBYTES * steps, VBYTES):
                                 vstore(tile_y + t, vadd(vload(tile_y + t), vload(tile_u + t)))
-                        _load_tile(z, load_i64(z) + image * load_i64(z + STRIDE_B) + channel * load_i64(z + STRIDE_E),
-                                   off_z, steps, lanes, tile_u)
+                        _load_tile(z, _origin(z, image, 0, 0, channel), off_z, steps, lanes, tile_u)
                         _silu_tile(tile_u, steps, 0)
                         for t in range(0, VBYTES * steps, VBYTES):
                             vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_u + t)))
@@ -390,8 +391,7 @@ def _forward(p, worker):
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
-                    origin = (load_i64(target) + image * load_i64(target + STRIDE_B) + k * load_i64(target + STRIDE_K)
-                              + (group * width + i) * load_i64(target + STRIDE_E))
+                    origin = _origin(target, image, k, 0, group * width + i)
                     for n in range(states):
                         for lane in range(min(LANES, width - i)):
                             store_f32(origin + lane * load_i64(target + STRIDE_E) + n * load_i64(target + STRIDE_N),
@@ -577,12 +577,10 @@ def _backward(p, worker):
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
-                    stride = load_i64(tensor + STRIDE_E)
+                    origin = _origin(tensor, image, k, 0, group * width + i)
                     for n in range(states):
-                        _load_lanes(load_i64(tensor) + image * load_i64(tensor + STRIDE_B)
-                                    + k * load_i64(tensor + STRIDE_K) + (group * width + i) * stride
-                                    + n * load_i64(tensor + STRIDE_N), stride, min(LANES, width - i),
-                                    carry + VBYTES * ((block - first) * states + n))
+                        _load_lanes(origin + n * load_i64(tensor + STRIDE_N), load_i64(tensor + STRIDE_E),
+                                    min(LANES, width - i), carry + VBYTES * ((block - first) * states + n))
             else:
                 _fill(carry, (last - first) * states)
             for chunk in range(chunks - 1, -1, -1):
@@ -608,28 +606,21 @@ def _backward(p, worker):
                                    acc_c)
                         loaded = group
                         at_b, view_b = _view_rows(
-                            b_, load_i64(b_) + image * load_i64(b_ + STRIDE_B) + k * load_i64(b_ + STRIDE_K)
-                            + (group // per_b) * load_i64(b_ + STRIDE_G), off_b, steps, states, rows_b, identity_rows)
+                            b_, _origin(b_, image, k, group // per_b, 0), off_b, steps, states, rows_b, identity_rows)
                         at_c, view_c = _view_rows(
-                            c_, load_i64(c_) + image * load_i64(c_ + STRIDE_B) + k * load_i64(c_ + STRIDE_K)
-                            + (group // per_c) * load_i64(c_ + STRIDE_G), off_c, steps, states, rows_c, identity_rows)
+                            c_, _origin(c_, image, k, group // per_c, 0), off_c, steps, states, rows_c, identity_rows)
                     at_u, view_u = _view_tile(
-                        u, load_i64(u) + image * load_i64(u + STRIDE_B) + channel * load_i64(u + STRIDE_E), off_u,
-                        steps, lanes, tile_u, identity)
+                        u, _origin(u, image, 0, 0, channel), off_u, steps, lanes, tile_u, identity)
                     at_dt, view_dt = _view_tile(
-                        delta, load_i64(delta) + image * load_i64(delta + STRIDE_B)
-                        + k * load_i64(delta + STRIDE_K) + channel * load_i64(delta + STRIDE_E), off_delta, steps,
-                        lanes, tile_dt, identity)
+                        delta, _origin(delta, image, k, 0, channel), off_delta, steps, lanes, tile_dt, identity)
                     at_gy, view_gy = _view_tile(
-                        g_out, load_i64(g_out) + image * load_i64(g_out + STRIDE_B)
-                        + channel * load_i64(g_out + STRIDE_E), off_out, steps, lanes, tile_gy, identity)
+                        g_out, _origin(g_out, image, 0, 0, channel), off_out, steps, lanes, tile_gy, identity)
                     d = vload(skip + VBYTES * j)
                     y = 0
                     if load_i64(z):
                         # keep grad_out * d silu / d z in tile_z for the gradient of z, and gate grad_out
                         y = tile_y
-                        _load_tile(z, load_i64(z) + image * load_i64(z + STRIDE_B) + channel * load_i64(z + STRIDE_E),
-                                   off_z, steps, lanes, tile_x)
+                        _load_tile(z, _origin(z, image, 0, 0, channel), off_z, steps, lanes, tile_x)
                         _silu_tile(tile_x, steps, tile_z)
                         for t in range(steps):
                             o = VBYTES * t
@@ -638,9 +629,8 @@ def _backward(p, worker):
                             vstore(tile_gy + o, vmul(vload(tile_x + o), g))
                             vstore(tile_y + o, vmul(d, vload(at_u + load_i64(view_u + 8 * t))))
                         at_gy, view_gy = tile_gy, identity
-                    to_gu = load_i64(g_u) + image * load_i64(g_u + STRIDE_B) + channel * load_i64(g_u + STRIDE_E)
-                    to_gdelta = (load_i64(g_delta) + image * load_i64(g_delta + STRIDE_B)
-                                 + k * load_i64(g_delta + STRIDE_K) + channel * load_i64(g_delta + STRIDE_E))
+                    to_gu = _origin(g_u, image, 0, 0, channel)
+                    to_gdelta = _origin(g_delta, image, k, 0, channel)
                     sd, b, zero, one = vload(sum_d + VBYTES * j), vload(bias + VBYTES * j), vset(ZERO), vset(ONE)
                     ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
                     for t in range(steps):
@@ -691,8 +681,7 @@ def _backward(p, worker):
                     if load_i64(z):
                         for t in range(0, VBYTES * steps, VBYTES):
                             vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_z + t)))
-                        _store_tile(g_z, load_i64(g_z) + image * load_i64(g_z + STRIDE_B)
-                                    + channel * load_i64(g_z + STRIDE_E), off_gz, steps, lanes, tile_y, k > 0)
+                        _store_tile(g_z, _origin(g_z, image, 0, 0, channel), off_gz, steps, lanes, tile_y, k > 0)
                 if loaded >= 0:
                     _flush(p, part, image, k, loaded // per_b, loaded // per_c, off_gb, off_gc, steps, acc_b, acc_c)
             for block in range(first, last):
@@ -712,9 +701,8 @@ def _backward(p, worker):
 def _flush(p, part, image, k, group_b, group_c, off_b, off_c, steps, acc_b, acc_c):
     states = load_i64(p + STATES)
     for tensor, group, offsets, acc in ((p + G_B, group_b, off_b, acc_b), (p + G_C, group_c, off_c, acc_c)):
-        _flush_rows(tensor, load_i64(tensor) + part * load_i64(tensor + STRIDE_PART)
-                    + image * load_i64(tensor + STRIDE_B) + k * load_i64(tensor + STRIDE_K)
-                    + group * load_i64(tensor + STRIDE_G), offsets, steps, states, acc)
+        origin = _origin(tensor, image, k, group, 0) + part * load_i64(tensor + STRIDE_PART)
+        _flush_rows(tensor, origin, offsets, steps, states, acc)
 
 
 def _forward_entry(p):
@@ -814,7 +802,7 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of
     scratch = torch.empty(workers * size + 64, dtype=torch.uint8)
     fields = np.zeros(FIELDS + 10 * len(_TENSORS), dtype=np.int64)
     for at, value in (
-            (JOBS, batch * parts), (BATCH, batch), (DIRECTIONS, len(directions)), (DIM, dim), (STATES, states),
+            (JOBS, batch * parts), (DIRECTIONS, len(directions)), (DIM, dim), (STATES, states),
             (HEIGHT, height), (WIDTH, width), (GROUP_WIDTH, group_width), (GROUP_BLOCKS, group_blocks),
             (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, softplus), (SCRATCH, -(-scratch.data_ptr() // 64) * 64),
             (SCRATCH_SIZE, size)):
