@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import pickle
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -351,6 +352,18 @@ def write_atomic(path: os.PathLike, write: Callable[[str], None]) -> None:
 def write_text(path: os.PathLike, text: str) -> None:
     """Write a text file atomically."""
     write_atomic(path, lambda tmp: Path(tmp).write_text(text, encoding='utf-8'))
+
+
+def write_folder(path: os.PathLike, write: Callable[[str], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then rename its files into `path`, one by one."""
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.tmp')
+    shutil.rmtree(tmp, ignore_errors=True)
+    write(str(tmp))
+    path.mkdir(exist_ok=True)
+    for file in sorted(tmp.iterdir()):
+        write_atomic(path / file.name, lambda t, f=file: shutil.copyfile(f, t))
+    shutil.rmtree(tmp)
 
 
 def print_json(data: Any) -> None:

@@ -323,15 +323,11 @@ class Run:
     def export(self, model: torch.nn.Module, label_names: Optional[List[str]]) -> Path:
         """The weights as a folder that `timm.create_model('local-dir:…')` loads."""
         from timm.models._hub import save_for_hf
-        final, tmp = self.folder / 'model', self.folder / '.model.tmp'
-        shutil.rmtree(tmp, ignore_errors=True)
+        final = self.folder / 'model'
         model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
-        save_for_hf(model, str(tmp), model_config=dict(label_names=label_names) if label_names else None,
-                    safe_serialization=True)
-        final.mkdir(exist_ok=True)
-        for file in sorted(tmp.iterdir()):
-            common.write_atomic(final / file.name, lambda t, f=file: shutil.copyfile(f, t))
-        shutil.rmtree(tmp)
+        config = dict(label_names=label_names) if label_names else None
+        common.write_folder(
+            final, lambda tmp: save_for_hf(model, tmp, model_config=config, safe_serialization=True))
         return final
 
 

@@ -89,13 +89,14 @@ class SelectiveTokenMixer(nn.Module):
             branch = self.conv2d(branch.permute(0, 3, 1, 2))  # a view: the layout stays channels-last
             y = self.s6(F.silu(branch).permute(0, 2, 3, 1))
         else:
-            branch = branch.transpose(1, 2)
             y = torch.zeros_like(gate)
             for i, conv in enumerate(self.conv1d):
+                # As a 2-d convolution of height 1 the channels stay last in memory, which is several times faster.
                 if i == 0:
-                    u = conv(F.pad(branch, (self.d_conv - 1, 0)))
+                    padding, weight = (0, 0, self.d_conv - 1, 0), conv.weight
                 else:  # the same as to flip, convolve causally, scan and flip back
-                    u = F.conv1d(
-                        F.pad(branch, (0, self.d_conv - 1)), conv.weight.flip(2), conv.bias, groups=self.inner_dim)
-                y = y + self.s6.scan(F.silu(u).transpose(1, 2), i)
+                    padding, weight = (0, 0, 0, self.d_conv - 1), conv.weight.flip(2)
+                u = F.pad(branch, padding).unsqueeze(1).permute(0, 3, 1, 2)
+                u = F.conv2d(u, weight.unsqueeze(2), conv.bias, groups=self.inner_dim)
+                y = y + self.s6.scan(F.silu(u.permute(0, 2, 3, 1).squeeze(1)), i)
         return self.out_proj(self.out_norm(y) * F.silu(gate))
