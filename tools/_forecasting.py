@@ -27,7 +27,8 @@ class Trainer:
     """Trains a forecaster on the windows of one part, and keeps the weights that are best on those of another.
 
     An epoch is `steps` batches of windows drawn at random without repetition (all windows if they are fewer).
-    The validation loss is the mean squared error of the averaged weights (EMA) over `val_windows` evenly spread windows.
+    The validation loss is the mean squared error of the averaged weights (EMA) over `val_windows` evenly spread
+    windows.
     Every random number is a function of (seed, epoch, step): training that is resumed from `state` ends with the bits
     of one that was not interrupted.
     """
@@ -38,8 +39,8 @@ class Trainer:
         Args:
             model: (B, T, M) to (B, H, M).
             train, val: vim2.forecasting.Windows.
-            config: the training options of tools/forecast.py: epochs, steps, batch_size, lr, weight_decay, warmup_steps, patience,
-                ema_decay, val_windows, clip_grad, loss.
+            config: the training options of tools/forecast.py: epochs, steps, batch_size, lr, weight_decay,
+                warmup_steps, patience, ema_decay, val_windows, clip_grad, loss.
             seed: of everything random in training.
         """
         self.train, self.val = train, val
@@ -120,11 +121,12 @@ class Trainer:
             self.ema.update(self.model, step=step)
             total += loss.item()
             if not math.isfinite(total):
-                raise UserError(f'the loss is {loss.item()} in epoch {self.epoch}, step {i}: training diverged; a lower '
-                                '--lr may help')
+                raise UserError(f'the loss is {loss.item()} in epoch {self.epoch}, step {i}: training diverged; a '
+                                'lower --lr may help')
         return total / len(order)
 
-    def fit(self, checkpoint: Optional[Path] = None, log: Callable[[str], None] = print, progress: bool = False) -> None:
+    def fit(self, checkpoint: Optional[Path] = None, log: Callable[[str], None] = print,
+            progress: bool = False) -> None:
         """Train to the end, or until `patience` epochs bring nothing better; the model then has the best weights.
 
         Args:

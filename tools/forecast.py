@@ -125,8 +125,8 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument('--plot-columns', nargs='+', metavar='NAME', help='variates in the plot (default: the first 8)')
     p.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
 
-    p = command('bench', "Train and test on the recipe's data sets, against the paper's numbers. Finished runs are kept "
-                         'in the output folder and not repeated; bench.json and bench.md hold the table.')
+    p = command('bench', "Train and test on the recipe's data sets, against the paper's numbers. Finished runs are "
+                         'kept in the output folder and not repeated; bench.json and bench.md hold the table.')
     p.add_argument('--data-dir', required=True, metavar='DIR', help="folder of the recipe's files")
     p.add_argument('--output', default='output/forecast/bench', metavar='DIR', help='folder of the results')
     p.add_argument('--models', nargs='+', default=['tsm2', 'dlinear'], choices=tuple(MODELS), metavar='NAME',
@@ -153,7 +153,10 @@ def read_recipe(path: str) -> Dict[str, Any]:
 
 
 def settings(args: argparse.Namespace, dataset: Optional[str], model: str = 'tsm2') -> Tuple[Dict, Dict]:
-    """Arguments of the model and options of training. Later ones win: recipe, its data set, its baseline, command line."""
+    """Arguments of the model and options of training.
+
+    Later ones win: the recipe, its data set, its baseline, the command line.
+    """
     recipe = read_recipe(args.config)
     sections = [recipe]
     if dataset is not None:
@@ -181,8 +184,8 @@ def settings(args: argparse.Namespace, dataset: Optional[str], model: str = 'tsm
     unknown = set(training) - {*_TRAINING, 'loss'}
     if unknown:
         raise UserError(f'{args.config}: unknown option of training {sorted(unknown)[0]!r}')
-    for name, least in dict(epochs=1, steps=0, batch_size=1, lr=0, weight_decay=0, warmup_steps=0, patience=0, ema_decay=0,
-                            val_windows=0, clip_grad=0).items():
+    for name in _TRAINING:
+        least = 1 if name in ('epochs', 'batch_size') else 0
         if not isinstance(training[name], (int, float)) or training[name] < least:
             raise UserError(f'{name} must be a number of at least {least}, got {training[name]!r}')
     if training['ema_decay'] >= 1:
@@ -244,8 +247,8 @@ def create_model(model: str, num_variates: int, horizon: int, options: Dict[str,
         raise UserError(f'cannot make the model: {common.one_line(e)}') from None
 
 
-def create_trainer(model: str, series: Series, horizon: int, options: Dict[str, Any], training: Dict[str, Any], seed: int,
-                   device: torch.device) -> forecasting.Trainer:
+def create_trainer(model: str, series: Series, horizon: int, options: Dict[str, Any], training: Dict[str, Any],
+                   seed: int, device: torch.device) -> forecasting.Trainer:
     windows = [open_windows(series, part, options['lookback'], horizon) for part in ('train', 'val')]
     data.seed_everything(seed, 0)
     network = create_model(model, series.values.shape[1], horizon, options)
@@ -339,8 +342,9 @@ def evaluate_command(args: argparse.Namespace) -> None:
             for h in range(forecaster.horizon) for j, column in enumerate(forecaster.columns)])
     by_variate = [dict(variate=c, mse=errors.mse[:, j].mean().item(), mae=errors.mae[:, j].mean().item())
                   for j, c in enumerate(forecaster.columns)]
-    report = dict(model=args.model, data=args.data, part=args.part, windows=errors.windows, lookback=forecaster.lookback,
-                  horizon=forecaster.horizon, mse=errors.mse.mean().item(), mae=errors.mae.mean().item(),
+    report = dict(model=args.model, data=args.data, part=args.part, windows=errors.windows,
+                  lookback=forecaster.lookback, horizon=forecaster.horizon,
+                  mse=errors.mse.mean().item(), mae=errors.mae.mean().item(),
                   variates=by_variate,
                   steps=[dict(step=h + 1, mse=errors.mse[h].mean().item(), mae=errors.mae[h].mean().item())
                          for h in range(forecaster.horizon)])
@@ -455,9 +459,9 @@ def bench(args: argparse.Namespace) -> None:
                 series[dataset] = open_series(str(Path(args.data_dir) / entry['file']), entry['split'])
             result = dict(run, **bench_run(series[dataset], run, options, device))
             common.write_text(path, json.dumps(result, indent=1) + '\n')
-            print(f'{model} {dataset} {horizon} seed {seed}: test MSE {result["mse"]:.4f} over {result["windows"]:,} windows '
-                  f'(best epoch {result["best_epoch"]} of {result["epochs"]}, {common.duration(result["seconds"])})',
-                  flush=True)
+            print(f'{model} {dataset} {horizon} seed {seed}: test MSE {result["mse"]:.4f} over {result["windows"]:,} '
+                  f'windows (best epoch {result["best_epoch"]} of {result["epochs"]}, '
+                  f'{common.duration(result["seconds"])})', flush=True)
         if result is not None:
             results.append(result)
     if not results:

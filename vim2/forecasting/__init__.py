@@ -4,5 +4,5 @@ from .data import Scaler, SeriesError, Split, Windows, check_series, frequency, 
 from .forecaster import Forecaster
 from .metrics import Errors, evaluate
 
-__all__ = ['DLinear', 'Errors', 'Forecaster', 'Scaler', 'SeriesError', 'Split', 'Windows', 'check_series', 'evaluate', 'frequency',
-           'future_index', 'read_series', 'split_series']
+__all__ = ['DLinear', 'Errors', 'Forecaster', 'Scaler', 'SeriesError', 'Split', 'Windows', 'check_series', 'evaluate',
+           'frequency', 'future_index', 'read_series', 'split_series']
