@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import time
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 _PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 # What unreadable, truncated, foreign or unsafe weight files raise in torch, pickle, zip and safetensors.
 _LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, AssertionError,
-                pickle.UnpicklingError, SafetensorError)
+                pickle.UnpicklingError, struct.error, SafetensorError)
 
 
 class UserError(Exception):

@@ -2,6 +2,7 @@
 
 A series is a pandas DataFrame with a DatetimeIndex, oldest first, and one column of floats per variate.
 """
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -119,7 +120,13 @@ def check_series(frame: pd.DataFrame, name: str = 'the series', file: bool = Fal
 
 def frequency(index: pd.DatetimeIndex) -> Optional[str]:
     """pandas' name of the step between the dates ('h', '15min', 'D', 'MS', …), None where they are not even."""
-    return index.freqstr or (pd.infer_freq(index) if len(index) > 2 else None)
+    if index.freqstr or len(index) < 3:
+        return index.freqstr
+    with warnings.catch_warnings():  # pandas 3.1 announces that 4 will give an offset, which the next line takes
+        warnings.simplefilter('ignore', DeprecationWarning)
+        warnings.simplefilter('ignore', FutureWarning)
+        freq = pd.infer_freq(index)
+    return getattr(freq, 'freqstr', freq)
 
 
 def future_index(index: pd.DatetimeIndex, horizon: int, freq: Optional[str] = None) -> pd.DatetimeIndex:

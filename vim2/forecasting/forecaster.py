@@ -6,6 +6,8 @@ from typing import Any, Dict, Optional, Union
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from vim2.models import TSM2
@@ -68,10 +70,11 @@ class Forecaster:
         missing = [n for n in ('model.safetensors', 'config.json', _FILE) if not (folder / n).is_file()]
         if missing:
             raise SeriesError(f'{folder} is no forecaster: it has no {", ".join(missing)}')
-        from safetensors import SafetensorError
         try:
             state = json.loads((folder / _FILE).read_text(encoding='utf-8'))
-            model = TSM2.from_pretrained(str(folder))
+            # as TSM2.from_pretrained does, which prints
+            model = TSM2(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
+            model.load_state_dict(load_file(folder / 'model.safetensors'))
             scaler = Scaler.from_dict(state['scaler'])
             if state['format'] != _FORMAT:
                 raise ValueError(f'it has format {state["format"]}, this version reads {_FORMAT}')
