@@ -13,9 +13,11 @@ EXTRAS = {
     # with its compiled operators must be built, because its wheels come without them
     'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
     'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
-    'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'neuralforecast>=3.0'],
+    # tools/forecast.py and vim2.forecasting need pandas alone
+    'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'pyyaml>=6.0', 'tqdm>=4.60', 'neuralforecast>=3.3'],
 }
-EXTRAS['dev'] = EXTRAS['tools'] + ['pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
+EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
+    'darts>=0.48', 'pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
 
 setup(
     name='vim2',
@@ -33,7 +35,7 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     packages=find_packages(include=['vim2', 'vim2.*']),
-    package_data={'vim2': ['weights/*.safetensors', 'weights/*.json']},
+    package_data={'vim2': ['weights/*.safetensors', 'weights/*.json', 'weights/*/*.safetensors', 'weights/*/*.json']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',

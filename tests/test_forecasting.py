@@ -231,7 +231,7 @@ def test_predict(forecaster):
 
 def test_predict_errors(forecaster):
     frame = series()
-    with pytest.raises(SeriesError, match=r"has 2 variates \('a', 'b'\), the forecaster was trained on 3: it lacks 'c'"):
+    with pytest.raises(SeriesError, match=r"has 2 variates \('a', 'b'\), the forecaster was trained on 3: it lacks 'c"):
         forecaster.predict(frame[['a', 'b']])
     with pytest.raises(SeriesError, match=r'has 23 rows, a forecast needs 24 \(the look-back\)'):
         forecaster.predict(frame.iloc[-23:])

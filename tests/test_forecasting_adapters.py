@@ -137,7 +137,7 @@ def test_time_series_library():
     t = torch.arange(200.)[:, None]
     values = torch.sin(t / 4 + torch.arange(3))
     losses = []
-    for step in range(40):
+    for _ in range(40):
         starts = torch.randint(0, 140, (16,))
         batch_x = torch.stack([values[s:s + 48] for s in starts])
         batch_y = torch.stack([values[s + 24:s + 60] for s in starts])

@@ -46,7 +46,8 @@ def run(tmp_path_factory, data):
     import _common
     folder = tmp_path_factory.mktemp('runs') / 'run'
     out, argv = io.StringIO(), sys.argv
-    sys.argv = ['forecast.py', 'fit', str(data), *SMALL, '--horizon', '8', '--epochs', '4', '--lr', '0.01', '--output', str(folder)]
+    sys.argv = ['forecast.py', 'fit', str(data), *SMALL, '--horizon', '8', '--epochs', '4', '--lr', '0.01', '--output',
+                str(folder)]
     try:
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_:
             _common.run(forecast.main)
@@ -107,8 +108,8 @@ def test_seed_and_early_stop(data, tool, tmp_path):
     histories = []
     for seed in (0, 1):
         folder = tmp_path / str(seed)
-        result = tool('forecast', 'fit', data, *SMALL, '--horizon', '8', '--epochs', '9', '--steps', '1', '--lr', '0', '--ema-decay', '0',
-                      '--patience', '2', '--output', folder, '--seed', seed)
+        result = tool('forecast', 'fit', data, *SMALL, '--horizon', '8', '--epochs', '9', '--steps', '1', '--lr', '0',
+                      '--ema-decay', '0', '--patience', '2', '--output', folder, '--seed', seed)
         assert result.code == 0, result.err
         histories.append(pd.read_csv(folder / 'history.csv').val_mse)
         assert len(histories[-1]) == 3 and 'best epoch 0' in result.out
@@ -180,7 +181,8 @@ def test_predict_after_a_date(run, data, tool, tmp_path):
 def test_bad_series(run, tool, tmp_path, change, message):
     frame = write_series(tmp_path / 'x.csv')
     change(frame).to_csv(tmp_path / 'x.csv')
-    result = tool('forecast', 'predict', tmp_path / 'x.csv', '--model', run[0] / 'model', '--output', tmp_path / 'f.csv')
+    result = tool('forecast', 'predict', tmp_path / 'x.csv', '--model', run[0] / 'model', '--output',
+                  tmp_path / 'f.csv')
     assert result.code == 2 and message in result.err and result.err.count('\n') == 1
     assert not (tmp_path / 'f.csv').exists()
 
@@ -246,7 +248,7 @@ def test_recipe_sections(tmp_path):
                             (dict(training=dict(lr=1)), 'says nothing about epochs')):
         path.write_text(yaml.safe_dump({**recipe, **change}), encoding='utf-8')
         with pytest.raises(UserError, match=message):
-            forecast.settings(args := parse(['bench', '--data-dir', 'x', '--config', str(path)]), None)
+            forecast.settings(parse(['bench', '--data-dir', 'x', '--config', str(path)]), None)
 
 
 def test_bench(tool, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import tool_environment
 
+import forecast
 import predict
 import train
 import validate
@@ -45,7 +46,7 @@ def test_commands_have_only_real_options(root):
     for command in commands:
         words = shlex.split(command)
         at = next(i for i, w in enumerate(words) if w.startswith('tools/'))
-        parser = dict(train=train, validate=validate, predict=predict)[words[at][6:-3]].get_parser()
+        parser = dict(forecast=forecast, train=train, validate=validate, predict=predict)[words[at][6:-3]].get_parser()
         args = parser.parse_args(words[at + 1:])  # an unknown option ends the test
         for path in (getattr(args, 'config', None), *getattr(args, 'inputs', ())):
             assert path is None or (root / path).exists(), command
