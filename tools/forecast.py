@@ -146,16 +146,17 @@ def read_recipe(path: str) -> Dict[str, Any]:
     if unknown:
         raise UserError(f'{path}: unknown section {sorted(unknown)[0]!r} (known: model, training, datasets, dlinear)')
     for name, entry in recipe.get('datasets', {}).items():
-        unknown = set(entry) - {'file', 'split', 'paper', 'model', 'training'}
+        unknown = set(entry) - {'file', 'split', 'paper', 'model', 'training', 'horizons'}
         if unknown:
             raise UserError(f'{path}: {name}: unknown entry {sorted(unknown)[0]!r}')
     return recipe
 
 
-def settings(args: argparse.Namespace, dataset: Optional[str], model: str = 'tsm2') -> Tuple[Dict, Dict]:
+def settings(args: argparse.Namespace, dataset: Optional[str], model: str = 'tsm2',
+             horizon: Optional[int] = None) -> Tuple[Dict, Dict]:
     """Arguments of the model and options of training.
 
-    Later ones win: the recipe, its data set, its baseline, the command line.
+    Later ones win: the recipe, its data set, that at one horizon, its baseline, the command line.
     """
     recipe = read_recipe(args.config)
     sections = [recipe]
@@ -163,7 +164,8 @@ def settings(args: argparse.Namespace, dataset: Optional[str], model: str = 'tsm
         if dataset not in recipe.get('datasets', {}):
             raise UserError(f'{args.config} has no data set {dataset!r}: it has '
                             f'{", ".join(recipe.get("datasets", {})) or "none"}')
-        sections.append(recipe['datasets'][dataset])
+        entry = recipe['datasets'][dataset]
+        sections += [entry, entry.get('horizons', {}).get(horizon, {})]
     changes = MODELS[model]
     if changes is None:
         sections.append(recipe.get(model, {}))
@@ -281,7 +283,7 @@ def fit(args: argparse.Namespace) -> None:
     from vim2.forecasting import Forecaster, evaluate, frequency
     common.at_least(args, 1, 'horizon', 'lookback')
     common.at_least(args, 0, 'seed')
-    options, training = settings(args, args.preset)
+    options, training = settings(args, args.preset, horizon=args.horizon)
     split = args.split
     if split is None and args.preset:
         split = read_recipe(args.config)['datasets'][args.preset].get('split')
@@ -448,7 +450,7 @@ def bench(args: argparse.Namespace) -> None:
     runs = [(seed, horizon, dataset, model) for seed in args.seeds for horizon in args.horizons for dataset in datasets
             for model in args.models]
     for seed, horizon, dataset, model in common.progress(runs, desc='bench', unit='run', disable=args.no_progress):
-        options, training = settings(args, dataset, model)
+        options, training = settings(args, dataset, model, horizon)
         path = folder / f'{model}-{dataset}-{horizon}-{seed}.json'
         run = dict(model=model, dataset=dataset, horizon=horizon, seed=seed, training=training,
                    options=options if MODELS[model] is not None else dict(lookback=options['lookback']))
