@@ -427,6 +427,8 @@ def plot(history, truth, forecast, columns: List[str], path: str) -> None:
         axis.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))
     for axis in axes[len(columns):]:
         axis.set_visible(False)
+    for axis in axes[max(len(columns) - 2, 0):len(columns)]:  # also above an empty place
+        axis.tick_params(labelbottom=True)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper right', ncols=3, frameon=False)
     try:
