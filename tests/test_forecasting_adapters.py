@@ -71,7 +71,7 @@ def test_neuralforecast_saves_and_loads_with_exogenous_inputs(TSM2, tmp_path):
     ahead = frame[frame.groupby('unique_id').cumcount() >= 150]
     static = pd.DataFrame(dict(unique_id=['x', 'y', 'z'], size=[0.1, -0.2, 0.3], kind=[1., 0., 1.]))
     model = TSM2(h=10, input_size=16, n_series=3, futr_exog_list=['known'], stat_exog_list=['size', 'kind'],
-                 max_steps=150, learning_rate=1e-2, windows_batch_size=32, dropout=0., **NETWORK, **QUIET)
+                 max_steps=80, learning_rate=2e-2, windows_batch_size=32, dropout=0., **NETWORK, **QUIET)
     assert (model.network.static_dim, model.network.future_dim, model.network.future_len) == (2, 1, 26)
     nf = NeuralForecast([model], freq='h')
     nf.fit(train, static_df=static)
