@@ -232,7 +232,8 @@ def test_recipe_sections(tmp_path):
     model, training = forecast.settings(args, 'ETTh1')
     assert model == {**recipe['model'], **recipe['datasets']['ETTh1'].get('model', {})} and model['lookback'] == 512
     assert training == {**recipe['training'], **recipe['datasets']['ETTh1'].get('training', {})}
-    recipe['datasets']['ETTh1'].update(model=dict(d_model=7, depth=5), training=dict(lr=0.5, epochs=77))
+    recipe['datasets']['ETTh1'].update(model=dict(d_model=7, depth=5), training=dict(lr=0.5, epochs=77),
+                                       horizons={8: dict(model=dict(d_model=9))})
     recipe['dlinear'] = dict(training=dict(lr=0.25))
     path = tmp_path / 'r.yaml'
     path.write_text(yaml.safe_dump(recipe), encoding='utf-8')
@@ -240,6 +241,8 @@ def test_recipe_sections(tmp_path):
     model, training = forecast.settings(args, 'ETTh1', 'tsm2_mlp')
     assert (model['d_model'], model['depth'], model['variate_mixer']) == (7, 6, 'mlp')
     assert (training['lr'], training['epochs']) == (0.5, 3)
+    assert forecast.settings(args, 'ETTh1', horizon=8)[0]['d_model'] == 9
+    assert forecast.settings(args, 'ETTh1', horizon=9)[0]['d_model'] == 7
     assert forecast.settings(args, 'ETTm1')[0]['d_model'] == recipe['model']['d_model']
     assert forecast.settings(args, 'ETTh1', 'dlinear')[1]['lr'] == 0.25
     for change, message in ((dict(modle={}), "unknown section 'modle'"),
