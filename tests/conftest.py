@@ -123,7 +123,9 @@ def hub(hub_server, tmp_path, monkeypatch):
     from huggingface_hub import constants
     hub_server.reset()
     # what the environment variables of these names do, which the client reads when it is imported
-    for name, value in dict(ENDPOINT=hub_server.url, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(tmp_path / 'cache'),
+    for name, value in dict(ENDPOINT=hub_server.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_TELEMETRY=True,
+                            HUGGINGFACE_CO_URL_TEMPLATE=hub_server.url + '/{repo_id}/resolve/{revision}/{filename}',
+                            HF_HUB_CACHE=str(tmp_path / 'cache'),
                             HF_HUB_DISABLE_XET=True, HF_TOKEN_PATH=str(tmp_path / 'no_token')).items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.delenv('HF_TOKEN', raising=False)
@@ -132,8 +134,8 @@ def hub(hub_server, tmp_path, monkeypatch):
 
 def hub_environment(server, cache, **extra) -> dict:
     """The same for another process."""
-    return dict(HF_ENDPOINT=server.url, HF_HUB_OFFLINE='0', HF_HOME=str(cache), HF_HUB_DISABLE_XET='1', HF_TOKEN='',
-                HF_HUB_DISABLE_TELEMETRY='1', **extra)
+    return dict(dict(HF_ENDPOINT=server.url, HF_HUB_OFFLINE='0', HF_HOME=str(cache), HF_HUB_DISABLE_XET='1',
+                     HF_TOKEN='', HF_HUB_DISABLE_TELEMETRY='1'), **extra)
 
 
 def tool_environment(**extra) -> dict:

@@ -2,9 +2,9 @@
 
 What is here is what huggingface_hub asks for when models are pushed and loaded: creating repositories, checking the
 card's metadata, preupload, Git LFS (batch, upload, verify), commits as ndjson, branches, pull requests (`refs/pr/1`),
-information, trees, `resolve` with its headers (ETag, X-Repo-Commit, X-Linked-*), and access tokens. As on the Hub, large
-files are redirected to another origin (here: another port), which must not see the token and understands ranges. There
-is no Xet: downloads then use plain HTTP by themselves; for uploads the client is told so with HF_HUB_DISABLE_XET=1.
+information, trees, `resolve` with its headers (ETag, X-Repo-Commit, X-Linked-*), and access tokens. As on the Hub,
+large files are redirected to another origin (here: another port), which must not see the token and understands ranges.
+There is no Xet: downloads then use plain HTTP by themselves; uploads do with HF_HUB_DISABLE_XET=1.
 
 Every request is kept in `requests`; `fail` makes requests to come go wrong.
 """

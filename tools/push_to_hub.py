@@ -224,8 +224,9 @@ def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> S
     common.load_state(model, state, str(path), name)
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('label_names', 'file', 'tag')}
     how = f'The backbone of a model trained with {framework_of(config)}'
-    notes = [how + (f', {meta["epoch"]} epochs' if meta.get('epoch') else '') + '. It has no classifier; the final norm '
-             'after the last stage was not trained (detectors and segmenters have norms of their own).']
+    how += f', {meta["epoch"]} epochs.' if meta.get('epoch') else '.'
+    notes = [how, 'It has no classifier; the final norm after the last stage was not trained (detectors and segmenters '
+             'have norms of their own).']
     return Source(model.eval(), notes=notes)
 
 
@@ -288,8 +289,8 @@ def training_command(options: Dict[str, Any]) -> str:
         elif isinstance(value, str) and os.path.isabs(value.removeprefix('local-dir:')):
             value = os.path.basename(value)  # of somebody's machine
         if value is True or value is False:
-            flags = [s for s in action.option_strings if s.startswith('--no-') != value or len(action.option_strings) == 1]
-            words.append(flags[-1])
+            flags = [s for s in action.option_strings if s.startswith('--no-') != value]
+            words.append(flags[-1] if flags else flag)  # --no-aug is the only way to say it
         elif isinstance(value, dict):
             words += [flag, *(f'{k}={v}' for k, v in value.items())]
         elif isinstance(value, (list, tuple)):
@@ -395,7 +396,8 @@ def make_card(args: argparse.Namespace, source: Source, folder: Path, result: Op
     config = model.pretrained_cfg
     size = 'x'.join(map(str, config['input_size'][-2:]))
     lines = [f'# {name}', '', _introduction(source, trained_on), '', '## Model', '', '| | |', '|---|---|']
-    rows = [('Architecture', f'`{source.architecture}`'), ('Parameters', f'{common.count_parameters(model) / 1e6:.2f} M'),
+    rows = [('Architecture', f'`{source.architecture}`'),
+            ('Parameters', f'{common.count_parameters(model) / 1e6:.2f} M'),
             ('Image size', f'{size}, {config["input_size"][0]} channels')]
     if source.is_classifier:
         rows.append(('Classes', _classes(source)))

@@ -119,13 +119,14 @@ def _read_config(path: Path, where: str) -> Tuple[str, Dict[str, Any]]:
     if _TSM2_KEYS <= set(config):
         return 'tsm2', config
     raise RuntimeError(f"{where} is no model of vim2: {CONFIG} has neither timm's key `architecture` nor TSM2's "
-                       f'{", ".join(sorted(_TSM2_KEYS))}; it has {", ".join(sorted(map(str, config))[:8]) or "nothing"}')
+                       f'{", ".join(sorted(_TSM2_KEYS))}; it has {", ".join(sorted(config)[:8]) or "nothing"}')
 
 
 def _create(source: str, config: Dict[str, Any], where: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(source, pretrained=True, **kwargs).eval()
     except (TypeError, AttributeError) as e:  # arguments that the model does not have, or of another kind
+        kwargs.pop('cache_dir', None)
         arguments = {**(config.get('model_args') or {}), **kwargs}
         raise RuntimeError(f'{where}: cannot make a {config["architecture"]} with {arguments}: {e}') from e
 

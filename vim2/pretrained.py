@@ -164,7 +164,8 @@ class _Access:
     allow_pickle: bool = False
 
 
-_access: ContextVar[_Access] = ContextVar('vim2_hub_access', default=_Access())
+_NO_ACCESS = _Access()
+_access: ContextVar[_Access] = ContextVar('vim2_hub_access', default=_NO_ACCESS)
 
 
 @contextlib.contextmanager
