@@ -557,7 +557,8 @@ def test_manifest_of_the_package(root):
     """Every entry is complete; every bundled file is listed with its bytes, and no other lies there."""
     entries = pretrained.read_manifest(root / 'vim2' / 'weights' / 'manifest.json')
     bundled = {w.file: w for w in entries.values() if not w.repo}
-    assert {p.name for p in (root / 'vim2' / 'weights').glob('*.safetensors')} == set(bundled)
+    folder = root / 'vim2' / 'weights'
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob('*.safetensors')} == set(bundled)
     for w in bundled.values():
         assert w.path.stat().st_size == w.size and pretrained.sha256(w.path) == w.sha256
     assert {w.architecture for w in entries.values()} <= {*timm.list_models(module='vim2'), 'tsm2'}

@@ -4,21 +4,26 @@
     python tools/push_to_hub.py output/train/RUN --repo ORG/NAME --dry-run
     python tools/push_to_hub.py output/train/RUN --repo ORG/NAME --dataset npz --data-dir DIR --split test
     python tools/push_to_hub.py RUN/best.pth.tar --repo ORG/NAME --private --create-pr
-    python tools/push_to_hub.py work_dirs/RUN/epoch_12.pth --repo ORG/NAME --license apache-2.0
+    python tools/push_to_hub.py output/forecast/RUN --repo ORG/NAME --series ETTh1.csv --data-name ETTh1
+    python tools/push_to_hub.py work_dirs/RUN/epoch_12.pth --repo ORG/NAME
 
-CHECKPOINT is a run folder or a .pth.tar file of tools/train.py, a checkpoint folder of tools/forecast.py, a checkpoint
-of MMDetection, MMSegmentation or MMPretrain (the ViM2 backbone is taken out of it), a folder with config.json and
+CHECKPOINT is a run folder or a .pth.tar file of tools/train.py, a run folder of tools/forecast.py, a checkpoint of
+MMDetection, MMSegmentation or MMPretrain (the ViM2 backbone is taken out of it), a folder with config.json and
 model.safetensors, or, with --model, any file of a timm model's weights. Results in the card are measured when it is
-written, by the code of tools/validate.py on the data that the options name; without data the card says that nothing was
-measured. Nothing is pushed unless the written folder gives, loaded anew, bit for bit what the checkpoint gives.
+written, by the code of tools/validate.py or tools/forecast.py on the data that the options name; without data the card
+says that nothing was measured. Nothing is pushed unless the written folder gives, loaded anew, bit for bit what the
+checkpoint gives.
 """
 import argparse
 import ast
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -55,14 +60,18 @@ class Source:
     command: Optional[str] = None  # what trained it
     training: Dict[str, Any] = field(default_factory=dict)  # its options
     notes: List[str] = field(default_factory=list)  # sentences for the card
+    forecaster: Optional[Dict[str, Any]] = None  # of a TSM2: forecaster.json, {} without one
 
     @property
     def architecture(self) -> str:
-        return self.model.pretrained_cfg['architecture']
+        return 'tsm2' if self.forecaster is not None else self.model.pretrained_cfg['architecture']
 
     @property
-    def is_classifier(self) -> bool:
-        return self.model.num_classes > 0
+    def task(self) -> str:
+        """The Hub's name of what the model does."""
+        if self.forecaster is not None:
+            return 'time-series-forecasting'
+        return 'image-classification' if self.model.num_classes > 0 else 'image-feature-extraction'
 
 
 # -------------------------------------------------------------------------------------------------- reading checkpoints
@@ -114,7 +123,8 @@ def read_pickle(path: Path) -> dict:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except common._LOAD_ERRORS as e:
         try:
-            code = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
+            with torch.serialization.safe_globals(safe):
+                code = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
         except Exception:  # no zip file, or a damaged one
             code = []
         if code:
@@ -171,6 +181,8 @@ def _read_folder(folder: Path) -> Source:
         raise UserError(f'{folder} has no config.json' + (f': the run has not ended; pass {folder / states[0]}'
                                                           if states else ', and no model/ with one'))
     model = load_folder(folder)
+    if not hasattr(model, 'pretrained_cfg'):
+        return _read_forecaster(folder, model)
     options = {}
     if folder.name == 'model' and (folder.parent / 'args.yaml').is_file():
         options = common.read_recipe(str(folder.parent / 'args.yaml'))
@@ -183,6 +195,19 @@ def _read_folder(folder: Path) -> Source:
     return Source(model, list(names) if names else None, training_command(options) if options else None, options, notes)
 
 
+def _read_forecaster(folder: Path, model: torch.nn.Module) -> Source:
+    """A TSM2, with what tools/forecast.py knows about its series."""
+    path = folder / 'forecaster.json'
+    state = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    info = state.get('info') or {}
+    notes = []
+    if info.get('training'):
+        notes = ['Trained by `tools/forecast.py fit` with split `{split}`, seed {seed}; best epoch {epoch} by the '
+                 'validation loss.'.format(**info),
+                 'Options: ' + ', '.join(f'{k} {v}' for k, v in info['training'].items()) + '.']
+    return Source(model, notes=notes, forecaster=state)
+
+
 def load_folder(folder: Path) -> torch.nn.Module:
     """The model of a folder, in evaluation mode, as users load it."""
     import vim2
@@ -190,7 +215,8 @@ def load_folder(folder: Path) -> torch.nn.Module:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         if _is_other_timm(config):
             return common.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        return vim2.hub.load(folder)
+        with contextlib.redirect_stdout(sys.stderr):  # huggingface_hub prints
+            return vim2.hub.load(folder)
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(f'{folder} cannot be loaded: {common.one_line(e)}') from None
 
@@ -303,16 +329,30 @@ def training_command(options: Dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------------- the folder
 
 def write_model(source: Source, folder: Path, license: str) -> None:
-    """model.safetensors and config.json, as timm writes them."""
+    """model.safetensors and config.json, as timm or huggingface_hub's mixin writes them."""
     from timm.models._hub import save_for_hf
+    if source.forecaster is not None:
+        source.model.save_pretrained(folder)
+        if source.forecaster:
+            common.write_text(folder / 'forecaster.json', json.dumps(source.forecaster, indent=1) + '\n')
+        return
     model_config = dict(pretrained_cfg=dict(license=license))
     if source.label_names:
         model_config['label_names'] = source.label_names
     save_for_hf(source.model, str(folder), model_config=model_config, safe_serialization=True)
 
 
-def example_input(model: torch.nn.Module) -> torch.Tensor:
-    return torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+def example_inputs(source: Source) -> List[Optional[torch.Tensor]]:
+    """Random numbers of the shapes that the model reads."""
+    model = source.model
+    if source.forecaster is None:
+        shapes = [tuple(model.pretrained_cfg['input_size'])]
+    else:
+        shapes = [(model.lookback, model.num_variates),
+                  (model.num_variates, model.static_dim) if model.static_dim else None,
+                  (model.num_variates, model.future_len, model.future_dim) if model.future_dim else None]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, *shape, generator=generator) if shape else None for shape in shapes]
 
 
 @torch.no_grad()
@@ -325,8 +365,8 @@ def check_reload(source: Source, folder: Path) -> torch.nn.Module:
     different = [k for k, v in ours.items() if v.dtype != theirs[k].dtype or not torch.equal(v, theirs[k])]
     if different:
         raise UserError(f'the reloaded weights differ in {common._some(different)}; not pushed')
-    x = example_input(source.model)
-    expected, got = source.model(x), model(x)
+    inputs = example_inputs(source)
+    expected, got = source.model(*inputs), model(*inputs)
     if not expected.isfinite().all():
         raise UserError('the model gives values that are not finite; not pushed')
     if not torch.equal(expected, got):
@@ -346,11 +386,31 @@ def measure(model: torch.nn.Module, args: argparse.Namespace, dataset) -> Dict[s
                 split=args.split)
 
 
+def measure_forecaster(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
+    """What `tools/forecast.py evaluate` measures with the written folder."""
+    import forecast
+    forecast.pandas_forecasting()
+    words = ['evaluate', args.series, '--model', str(folder), '--part', args.part, '--json']
+    if args.device:
+        words += ['--device', args.device]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        forecast.evaluate_command(forecast.get_parser().parse_args(words))
+    return dict(json.loads(out.getvalue()), split=args.part)
+
+
 def open_data(args: argparse.Namespace, source: Source):
-    if not args.data_dir and not args.dataset:
+    """The data set of images to measure with, if there is one; and a check that the options fit the model."""
+    images = bool(args.data_dir or args.dataset)
+    if (images or args.series) and not data_name(args, source):
+        raise UserError('the card needs a name for the data that is measured: pass --data-name')
+    if args.series and not source.forecaster:
+        raise UserError(f'{args.checkpoint} ' + (
+            'has no forecaster.json, which holds the scale of the series: --series cannot be measured'
+            if source.forecaster is not None else 'is no forecaster: --series is for those of tools/forecast.py'))
+    if not images:
         return None
-    if not source.is_classifier:
-        raise UserError(f'{args.checkpoint} has no classifier, so tools/validate.py cannot measure it: leave out '
+    if source.task != 'image-classification':
+        raise UserError(f'{args.checkpoint} is no image classifier, so tools/validate.py cannot measure it: leave out '
                         '--data-dir and --dataset')
     dataset = data.open_dataset(
         args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
@@ -367,46 +427,31 @@ def open_data(args: argparse.Namespace, source: Source):
 # ------------------------------------------------------------------------------------------------------------- card
 
 def data_name(args: argparse.Namespace, source: Source) -> Optional[str]:
-    """What to call the training data: as the user says, or as the name of the data set says."""
-    if args.data_name:
-        return args.data_name
-    name = source.training.get('dataset') or ''
-    return name.partition('/')[2] or None  # torch/cifar10, hfds/USER/NAME; npz and folders have no name
+    """What to call the data: as the user says, or as the name of the data set says."""
+    for name in (args.data_name, source.training.get('dataset'), args.dataset):
+        if name and (name is args.data_name or '/' in name):
+            return name if name is args.data_name else name.partition('/')[2]  # torch/cifar10, hfds/USER/NAME
+    return None  # npz files and folders have no name
 
 
 def make_card(args: argparse.Namespace, source: Source, folder: Path, result: Optional[Dict[str, Any]]) -> str:
     """README.md: the metadata that the Hub reads, and text for people."""
     from huggingface_hub import EvalResult, ModelCardData
-    task = 'image-classification' if source.is_classifier else 'image-feature-extraction'
-    name, trained_on = args.repo.partition('/')[2], data_name(args, source)
-    ours = _is_ours(source.architecture)
-    results = None
-    if result:
-        results = [EvalResult(task_type=task, dataset_type=_slug(trained_on or 'unknown'),
-                              dataset_name=trained_on or 'unnamed', dataset_split=result['split'], metric_type=kind,
-                              metric_name=label, metric_value=round(result[key] / 100, 6))
-                   for kind, label, key in (('accuracy', 'top-1 accuracy', 'top1'),
-                                            ('accuracy', 'top-5 accuracy', 'top5'))]
-    tags = [task, 'timm', *(['vim2', 'mambamixer', 'state-space-model'] if ours else [])]
+    name, trained_on, ours = args.repo.partition('/')[2], data_name(args, source), _is_ours(source.architecture)
+    results = [EvalResult(task_type=source.task, dataset_type=_slug(trained_on), dataset_name=trained_on,
+                          dataset_split=result['split'], metric_type=kind, metric_name=label,
+                          metric_value=round(result[key] * scale, 6))
+               for kind, label, key, scale in _METRICS[source.task]] if result else None
+    library = 'timm' if source.forecaster is None else 'vim2'
+    tags = [source.task, library, *(['vim2', 'mambamixer', 'state-space-model'] if ours else [])]
     metadata = ModelCardData(
-        license=args.license, library_name='timm', pipeline_tag=task, tags=tags, model_name=name,
-        datasets=[_slug(trained_on)] if trained_on and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', trained_on) else None,
-        eval_results=results)
-    model = source.model
-    config = model.pretrained_cfg
-    size = 'x'.join(map(str, config['input_size'][-2:]))
-    lines = [f'# {name}', '', _introduction(source, trained_on), '', '## Model', '', '| | |', '|---|---|']
-    rows = [('Architecture', f'`{source.architecture}`'),
-            ('Parameters', f'{common.count_parameters(model) / 1e6:.2f} M'),
-            ('Image size', f'{size}, {config["input_size"][0]} channels')]
-    if source.is_classifier:
-        rows.append(('Classes', _classes(source)))
-    rows += [('Preprocessing', f'mean {_numbers(config["mean"])}, std {_numbers(config["std"])}, '
-              f'{config["interpolation"]}, crop {config["crop_pct"]:g}'), ('Licence', args.license)]
-    lines += [f'| {k} | {v} |' for k, v in rows]
-    lines += ['', '## Results', '', *_results(args, trained_on, result)]
-    lines += ['', '## Use', '', *_usage(args, source, ours)]
-    lines += ['', '## Training', '']
+        license=args.license, library_name=library, pipeline_tag=source.task, tags=list(dict.fromkeys(tags)),
+        model_name=name if results else None, eval_results=results,
+        datasets=[trained_on] if trained_on and _slug(trained_on) == trained_on else None)
+    lines = [f'# {name}', '', _introduction(source, trained_on), '', '## Model', '', '| | |', '|---|---|',
+             *(f'| {k} | {v} |' for k, v in _facts(args, source)),
+             '', '## Results', '', *_results(args, source, trained_on, result),
+             '', '## Use', '', *_usage(args, source, ours), '', '## Training', '']
     if trained_on:
         lines.append(f'Trained on {trained_on}.')
     lines += [' '.join(source.notes)] if source.notes else []
@@ -415,16 +460,46 @@ def make_card(args: argparse.Namespace, source: Source, folder: Path, result: Op
     elif not source.notes:
         lines.append('The checkpoint does not say how it was trained.')
     lines += ['', '## Files', '', '| file | bytes | SHA-256 |', '|---|---|---|']
-    weights = folder / 'model.safetensors'
-    lines += [f'| `{weights.name}` | {weights.stat().st_size:,} | `{_sha256(weights)}` |']
+    lines += [f'| `{f.name}` | {f.stat().st_size:,} | `{_sha256(f)}` |' for f in sorted(folder.iterdir())
+              if f.name != 'README.md']
     if ours:
         lines += ['', '## Citation', '', '```bibtex', _CITATION, '```']
     return f'---\n{metadata.to_yaml()}\n---\n\n' + '\n'.join(lines) + '\n'
 
 
+# For the Hub: its name of a metric, how it is shown, its key in the result, and a factor.
+_METRICS = {
+    'image-classification': (
+        ('accuracy', 'top-1 accuracy', 'top1', 0.01), ('accuracy', 'top-5 accuracy', 'top5', 0.01)),
+    'time-series-forecasting': (('mse', 'mean squared error', 'mse', 1), ('mae', 'mean absolute error', 'mae', 1)),
+}
+
+
+def _facts(args: argparse.Namespace, source: Source) -> List[Tuple[str, str]]:
+    model = source.model
+    rows = [('Architecture', f'`{source.architecture}`'),
+            ('Parameters', f'{common.count_parameters(model) / 1e6:.2f} M')]
+    if source.forecaster is not None:
+        columns = source.forecaster.get('columns')
+        rows += [('Look-back', f'{model.lookback} steps'), ('Horizon', f'{model.horizon} steps'),
+                 ('Variates', f'{model.num_variates}' + (f': {_listed(columns)}' if columns else ''))]
+        if source.forecaster.get('freq'):
+            rows.append(('Step', f'`{source.forecaster["freq"]}`'))
+    else:
+        config = model.pretrained_cfg
+        channels, *size = config['input_size']
+        rows.append(('Image size', f'{"x".join(map(str, size))}, {channels} channels'))
+        if model.num_classes:
+            names = source.label_names
+            rows.append(('Classes', f'{model.num_classes}' + (f': {_listed(names)}' if names else '')))
+        rows.append(('Preprocessing', f'mean {_numbers(config["mean"])}, std {_numbers(config["std"])}, '
+                     f'{config["interpolation"]}, crop {config["crop_pct"]:g}'))
+    return [*rows, ('Licence', args.license)]
+
+
 def _is_ours(architecture: str) -> bool:
     import timm
-    return architecture in timm.list_models(module='vim2')
+    return architecture == 'tsm2' or architecture in timm.list_models(module='vim2')
 
 
 def _sha256(path: Path) -> str:
@@ -433,6 +508,7 @@ def _sha256(path: Path) -> str:
 
 
 def _slug(name: str) -> str:
+    """As the Hub names data sets."""
     return re.sub(r'[^\w./-]+', '-', name).lower()
 
 
@@ -440,53 +516,69 @@ def _numbers(values) -> str:
     return '(' + ', '.join(f'{v:g}' for v in values) + ')'
 
 
-def _classes(source: Source) -> str:
-    names, count = source.label_names, source.model.num_classes
-    if not names:
-        return f'{count}'
-    shown = [str(n).replace('|', r'\|') for n in names[:10]]
-    return f'{count}: {", ".join(shown)}' + (', …' if count > 10 else '')
+def _listed(names: List[str], most: int = 10) -> str:
+    shown = [str(n).replace('|', r'\|') for n in names[:most]]
+    return ', '.join(shown) + (', …' if len(names) > most else '')
 
 
 def _introduction(source: Source, trained_on: Optional[str]) -> str:
-    what = 'image classifier' if source.is_classifier else 'image backbone'
+    on = f', trained on {trained_on}.' if trained_on else '.'
+    if source.forecaster is not None:
+        return f'A TSM2 forecaster, the time series model of {_PAPER}{on}'
+    what = 'image classifier' if source.task == 'image-classification' else 'image backbone'
     kind = f'A ViM2 {what}, the vision model of {_PAPER},' if _is_ours(source.architecture) else \
         f'A `{source.architecture}` {what}'
-    return f'{kind} for [timm](https://github.com/huggingface/pytorch-image-models)' + \
-        (f', trained on {trained_on}.' if trained_on and source.is_classifier else '.')
+    return f'{kind} for [timm](https://github.com/huggingface/pytorch-image-models){on}'
 
 
-def _results(args: argparse.Namespace, trained_on: Optional[str], result: Optional[Dict[str, Any]]) -> List[str]:
+def _results(args: argparse.Namespace, source: Source, trained_on: Optional[str],
+             result: Optional[Dict[str, Any]]) -> List[str]:
     if result is None:
         return ['No metric was measured when this card was written.']
+    if source.forecaster is not None:
+        return ['| data | part | windows | horizon | MSE | MAE |', '|---|---|---|---|---|---|',
+                f'| {trained_on} | {result["part"]} | {result["windows"]:,} | {result["horizon"]} | '
+                f'{result["mse"]:.4f} | {result["mae"]:.4f} |', '', 'In standardised units. Measured with the files of '
+                'this repository when the card was written, by `tools/forecast.py evaluate`.']
     height, width = result['img_size']
+    words = ['python', 'tools/validate.py', '--model', f'hf-hub:{args.repo}']
+    words += ['--dataset', args.dataset] if args.dataset else []
+    words += ['--data-dir', 'DATA', '--split', args.split]
+    words += ['--amp', '--amp-dtype', args.amp_dtype] if args.amp else []
     return ['| data | images | size | top-1 | top-5 | loss |', '|---|---|---|---|---|---|',
-            f'| {trained_on or "unnamed"}, split `{result["split"]}` | {result["count"]:,} | {height}x{width} | '
+            f'| {trained_on}, split `{result["split"]}` | {result["count"]:,} | {height}x{width} | '
             f'{result["top1"]:.2f} % | {result["top5"]:.2f} % | {result["loss"]:.4f} |', '',
-            f'Measured with the weights of this repository when the card was written, in {result["precision"]}, by '
-            '`tools/validate.py`:', '', '```bash',
-            f'python tools/validate.py --model hf-hub:{args.repo}'
-            + (f' --dataset {shlex.quote(args.dataset)}' if args.dataset else '') + ' --data-dir DATA'
-            f' --split {shlex.quote(args.split)}' + (' --amp' if args.amp else ''), '```']
+            f'Measured with the files of this repository when the card was written, in {result["precision"]}:', '',
+            '```bash', shlex.join(words), '```']
 
 
 def _usage(args: argparse.Namespace, source: Source, ours: bool) -> List[str]:
+    """Code that runs as it stands."""
+    repo = args.repo + (f'@{args.revision}' if args.revision and not args.create_pr else '')
+    model = source.model
+    if source.forecaster is not None:
+        extra = (f', static=torch.randn(1, {model.num_variates}, {model.static_dim})' if model.static_dim else '') + (
+            f', future=torch.randn(1, {model.num_variates}, {model.future_len}, {model.future_dim})'
+            if model.future_dim else '')
+        return ['```python', 'import torch, vim2', '', f"model = vim2.hub.load('{repo}')",
+                f'past = torch.randn(1, {model.lookback}, {model.num_variates})  # (batch, look-back, variates), '
+                'standardised', 'with torch.inference_mode():', f'    forecast = model(past{extra})',
+                'print(tuple(forecast.shape))  # (batch, horizon, variates)', '```']
     imports = 'import timm, torch, vim2  # vim2 registers the architecture with timm' if ours else 'import timm, torch'
-    repo = args.repo + (f'@{args.revision}' if args.revision else '')
-    if not source.is_classifier:
-        size = ', '.join(map(str, source.model.pretrained_cfg['input_size']))
+    if source.task != 'image-classification':
+        size = ', '.join(map(str, model.pretrained_cfg['input_size']))
         return ['```python', imports, '', f"backbone = timm.create_model('hf-hub:{repo}', pretrained=True, "
                 'features_only=True).eval()', f'for x in backbone(torch.randn(1, {size})):',
                 '    print(tuple(x.shape))', '```']
     names = "model.pretrained_cfg['label_names'][i]" if source.label_names else 'int(i)'
-    mode = {1: 'L', 3: 'RGB'}.get(source.model.pretrained_cfg['input_size'][0], 'RGB')
+    mode = {1: 'L', 3: 'RGB'}.get(model.pretrained_cfg['input_size'][0], 'RGB')
     return ['```python', imports, 'from PIL import Image', '',
             f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()",
             'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)',
             f"image = Image.open('photo.jpg').convert('{mode}')",
             'with torch.inference_mode():',
             '    probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]',
-            f'for p, i in zip(*probabilities.topk({min(5, source.model.num_classes)})):',
+            f'for p, i in zip(*probabilities.topk({min(5, model.num_classes)})):',
             f"    print({names}, f'{{p:.1%}}')", '```']
 
 
@@ -527,16 +619,20 @@ def manifest_entry(args, source: Source, folder: Path, result, pushed: Dict[str,
     """What vim2/weights/manifest.json needs to list these weights; the keys to be written by hand are missing."""
     if result is None or not _is_ours(source.architecture) or pushed['pull_request']:
         return None
-    weights = folder / 'model.safetensors'
-    config = {k: source.model.pretrained_cfg[k] for k in ('num_classes', 'input_size', 'crop_pct', 'mean', 'std')}
-    if source.label_names:
-        config['label_names'] = source.label_names
-    trained_on = data_name(args, source) or 'unnamed'
+    weights, trained_on, config = folder / 'model.safetensors', data_name(args, source), {}
+    if source.forecaster is None:
+        config = {k: source.model.pretrained_cfg[k] for k in ('num_classes', 'input_size', 'crop_pct', 'mean', 'std')}
+        if source.label_names:
+            config['label_names'] = source.label_names
+        metric = dict(name='top-1', value=round(result['top1'], 2), unit='%',
+                      on=f'{trained_on}, {args.split}, {result["count"]:,} images')
+    else:
+        metric = dict(name='MSE', value=round(result['mse'], 4),
+                      on=f'{trained_on}, {args.part}, {result["windows"]:,} windows')
     return dict(
         repo=pushed['repo'], revision=pushed['commit'], file=weights.name, size=weights.stat().st_size,
         sha256=_sha256(weights), license=args.license, data=trained_on, command=source.command or '',
-        metric=dict(name='top-1', value=round(result['top1'], 2), unit='%',
-                    on=f'{trained_on}, {args.split}, {result["count"]:,} images'), config=config)
+        metric=metric, config=config)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -570,13 +666,18 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per batch')
     g.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes')
     common.add_precision_arguments(g)
+    g = parser.add_argument_group('measurement (of forecasters)')
+    g.add_argument('--series', metavar='CSV', help='series as of tools/forecast.py')
+    g.add_argument('--part', default='test', choices=('train', 'val', 'test', 'all'), help='part of it to evaluate')
     parser.add_argument('--json', action='store_true', help='print what was done as JSON')
     return parser
 
 
 def check_license(args: argparse.Namespace, source: Source) -> None:
     if args.license is None:
-        args.license = source.model.pretrained_cfg.get('license')
+        args.license = getattr(source.model, 'pretrained_cfg', {}).get('license')
+        if source.forecaster is not None:
+            args.license = source.model._hub_mixin_info.model_card_data.license
         if not args.license:
             raise UserError(f'{args.checkpoint} does not say under which licence its weights are: pass --license, for '
                             'example apache-2.0')
@@ -606,7 +707,11 @@ def main() -> None:
     try:
         write_model(source, folder, args.license)
         model = check_reload(source, folder)
-        result = measure(model, args, dataset) if dataset is not None else None
+        result = None
+        if dataset is not None:
+            result = measure(model, args, dataset)
+        elif args.series:
+            result = measure_forecaster(folder, args)
         card = make_card(args, source, folder, result)
         common.write_text(folder / 'README.md', card)
         pushed = None if args.dry_run else push(args, folder)

@@ -52,9 +52,13 @@ def load(
             if revision:
                 raise ValueError(f'{name} is a published entry with a revision of its own, got revision={revision!r}')
             entry = pretrained.manifest()[name]
-            if entry.path is not None:
-                return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **kwargs).eval()
-            name, revision = entry.repo, entry.revision
+            if entry.path is None:
+                name, revision = entry.repo, entry.revision
+            elif timm.is_model(entry.architecture):
+                return timm.create_model(name, pretrained=True, **kwargs).eval()
+            else:
+                pretrained.check_bundled(entry.path)
+                return _load_folder(entry.path.parent, **kwargs)
         if os.path.isdir(name):
             if revision:
                 raise ValueError(f'{name} is a folder, which has no revision {revision!r}')

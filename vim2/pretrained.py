@@ -46,7 +46,8 @@ class Weights:
 
     Args:
         name: timm's name, ARCHITECTURE.TAG.
-        file: file in the package's `weights` folder; with `repo`, file in that repository.
+        file: file in the package's `weights` folder (of a TSM2: in a folder of it, with config.json); with `repo`, file
+            in that repository.
         size: its length in bytes.
         sha256: its SHA-256, in hexadecimal.
         license: SPDX identifier, lower case as the Hub has it.
