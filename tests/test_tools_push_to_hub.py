@@ -241,7 +241,7 @@ def test_reload_must_be_bit_equal(token, run_folder, tool, tmp_path, monkeypatch
     assert list(out.parent.iterdir()) == []
 
 
-def test_logits_must_be_bit_equal(token, run_folder, tool, tmp_path, monkeypatch):
+def test_logits_must_be_bit_equal(token, tool, tmp_path, monkeypatch):
     """A configuration that does not say all: the weights are the same, what they compute is not."""
     real = push_to_hub.write_model
 
@@ -253,7 +253,8 @@ def test_logits_must_be_bit_equal(token, run_folder, tool, tmp_path, monkeypatch
         path.write_text(json.dumps(config))
 
     monkeypatch.setattr(push_to_hub, 'write_model', write)
-    result = tool('push_to_hub', run_folder, '--repo', REPO)
+    save_file(timm.create_model('test_vim2', num_classes=4).state_dict(), tmp_path / 'w.safetensors')
+    result = tool('push_to_hub', tmp_path / 'w.safetensors', '--model', 'test_vim2', '--repo', REPO)
     assert result.code == 2 and 'the reloaded model gives other outputs, by up to' in result.err
     assert not token.seen('/api/')
 
@@ -268,7 +269,7 @@ def test_weights_that_are_not_finite(token, tool, tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (('{run}', '--repo', 'model'), '--repo must be ORG/NAME'),
-    (('{run}', '--repo', '../model'), '--repo must be ORG/NAME|Repo id'),
+    (('{run}', '--repo', '../model'), 'cannot push to ../model|--repo ../model: .*[Rr]epo id'),
     (('{tmp}/nothing', '--repo', REPO), 'does not exist'),
     (('{tmp}', '--repo', REPO), 'has no config.json'),
     (('{tmp}/w.safetensors', '--repo', REPO), 'does not say of which model its weights are: pass --model'),
