@@ -123,7 +123,7 @@ def test_card(run_folder, npz_dir, tool, tmp_path):
     assert (top1.metric_type, top1.dataset_name, top1.dataset_split) == ('accuracy', 'colors', 'test')
     row = re.search(r'^\| colors, split `test` \| 50 \| 32x32 \| ([\d.]+) % \| ([\d.]+) % \|', text, re.M)
     assert float(row[1]) == pytest.approx(100 * top1.metric_value) and float(row[2]) == 100 * top5.metric_value
-    for what in ('| Parameters | 0.04 M |', '| Classes | 4: red, green, blue, gray |', 'mean (0.4, 0.4, 0.4)',
+    for what in ('- **Parameters:** 0.04 M', '- **Classes:** 4: red, green, blue, gray', 'mean (0.4, 0.4, 0.4)',
                  'Trained on colors.', '2 epochs, moving average of the weights.', '@article{behrouz2024mambamixer',
                  'python tools/validate.py --model hf-hub:org/model --dataset npz --data-dir DATA --split test'):
         assert what in text, what
@@ -181,10 +181,10 @@ def test_unknown_label_names(run_folder, npz_dir, tmp_path, tool):
     alone = tmp_path / 'alone.pth.tar'
     alone.write_bytes((run_folder / 'last.pth.tar').read_bytes())
     result = tool('push_to_hub', alone, '--repo', REPO, '--dry-run', '--out', tmp_path / 'a')
-    assert result.code == 0 and '| Classes | 4 |' in result.out and 'print(int(i),' in result.out
+    assert result.code == 0 and '- **Classes:** 4\n' in result.out and 'print(int(i),' in result.out
     assert 'label_names' not in (tmp_path / 'a' / 'config.json').read_text()
     result = tool('push_to_hub', alone, '--repo', REPO, '--dry-run', '--out', tmp_path / 'b', *measured(npz_dir))
-    assert result.code == 0 and '| Classes | 4: red, green, blue, gray |' in result.out
+    assert result.code == 0 and '- **Classes:** 4: red, green, blue, gray' in result.out
     assert json.loads((tmp_path / 'b' / 'config.json').read_text())['label_names'] == CLASSES
 
 
@@ -487,7 +487,7 @@ def test_forecaster(token, forecast_folder, tool, tmp_path):
             assert torch.equal(model(*inputs), original(*inputs))
     card = card_of(report['card'])
     assert card.data.pipeline_tag == 'time-series-forecasting' and card.data.library_name == 'vim2'
-    for what in ('| Look-back | 32 steps |', '| Variates | 3: HUFL, HULL, OT |', 'split `ett-hour`, seed 0', 'ETTh1',
+    for what in ('- **Look-back:** 32 steps', '- **Variates:** 3: HUFL, HULL, OT', 'split `ett-hour`, seed 0', 'ETTh1',
                  "vim2.hub.load('org/model')", 'epochs 3, lr 0.001', 'No metric was measured'):
         assert what in report['card'], what
     code = re.search(r'^```python\n(.*?)^```$', report['card'], re.M | re.S)[1]

@@ -448,8 +448,8 @@ def make_card(args: argparse.Namespace, source: Source, folder: Path, result: Op
         license=args.license, library_name=library, pipeline_tag=source.task, tags=list(dict.fromkeys(tags)),
         model_name=name if results else None, eval_results=results,
         datasets=[trained_on] if trained_on and _slug(trained_on) == trained_on else None)
-    lines = [f'# {name}', '', _introduction(source, trained_on), '', '## Model', '', '| | |', '|---|---|',
-             *(f'| {k} | {v} |' for k, v in _facts(args, source)),
+    lines = [f'# {name}', '', _introduction(source, trained_on), '', '## Model', '',
+             *(f'- **{k}:** {v}' for k, v in _facts(args, source)),
              '', '## Results', '', *_results(args, source, trained_on, result),
              '', '## Use', '', *_usage(args, source, ours), '', '## Training', '']
     if trained_on:
@@ -517,8 +517,7 @@ def _numbers(values) -> str:
 
 
 def _listed(names: List[str], most: int = 10) -> str:
-    shown = [str(n).replace('|', r'\|') for n in names[:most]]
-    return ', '.join(shown) + (', …' if len(names) > most else '')
+    return ', '.join(map(str, names[:most])) + (', …' if len(names) > most else '')
 
 
 def _introduction(source: Source, trained_on: Optional[str]) -> str:
