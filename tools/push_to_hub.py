@@ -250,7 +250,8 @@ def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> S
     common.load_state(model, state, str(path), name)
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('label_names', 'file', 'tag')}
     how = f'The backbone of a model trained with {framework_of(config)}'
-    how += f', {meta["epoch"]} epochs.' if meta.get('epoch') else '.'
+    length = [f'{meta[key]:,} {unit}' for key, unit in (('epoch', 'epochs'), ('iter', 'iterations')) if meta.get(key)]
+    how += f', {length[0]}.' if length else '.'
     notes = [how, 'It has no classifier; the final norm after the last stage was not trained (detectors and segmenters '
              'have norms of their own).']
     return Source(model.eval(), notes=notes)
@@ -355,6 +356,11 @@ def example_inputs(source: Source) -> List[Optional[torch.Tensor]]:
     return [torch.randn(2, *shape, generator=generator) if shape else None for shape in shapes]
 
 
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
 @torch.no_grad()
 def check_reload(source: Source, folder: Path) -> torch.nn.Module:
     """The model loaded from the folder; an error unless it gives bit for bit what the checkpoint's gives."""
@@ -362,14 +368,14 @@ def check_reload(source: Source, folder: Path) -> torch.nn.Module:
     ours, theirs = source.model.state_dict(), model.state_dict()
     if list(ours) != list(theirs):
         raise UserError(f'the reloaded model has other parameters: {sorted(set(ours) ^ set(theirs))[:4]}; not pushed')
-    different = [k for k, v in ours.items() if v.dtype != theirs[k].dtype or not torch.equal(v, theirs[k])]
+    different = [k for k, v in ours.items() if not _same_bits(v, theirs[k])]
     if different:
         raise UserError(f'the reloaded weights differ in {common._some(different)}; not pushed')
     inputs = example_inputs(source)
     expected, got = source.model(*inputs), model(*inputs)
     if not expected.isfinite().all():
         raise UserError('the model gives values that are not finite; not pushed')
-    if not torch.equal(expected, got):
+    if not _same_bits(expected, got):
         raise UserError(f'the reloaded model gives other outputs, by up to {(expected - got).abs().max():.3g}; not '
                         'pushed. Its config.json does not hold all that the model was made with')
     return model
@@ -586,7 +592,7 @@ def _usage(args: argparse.Namespace, source: Source, ours: bool) -> List[str]:
 def push(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
     """Upload the folder as one commit; what the Hub says about it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
     api = HfApi(token=args.token, library_name='vim2')
     try:
         repo = api.create_repo(args.repo, private=args.private or None, exist_ok=True).repo_id
