@@ -44,7 +44,7 @@ setup(
         'numba>=0.60',
         'numpy>=1.26',
         'safetensors>=0.4',
-        'huggingface_hub>=0.23',
+        'huggingface_hub>=0.30',
     ],
     extras_require=EXTRAS,
 )

@@ -109,6 +109,35 @@ def tool(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope='session')
+def hub_server():
+    """A Hub-compatible server on 127.0.0.1."""
+    from hub_server import HubServer
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server, tmp_path, monkeypatch):
+    """The server, empty, and this process's huggingface_hub pointed at it, online, with an empty cache."""
+    from huggingface_hub import constants
+    hub_server.reset()
+    # what the environment variables of these names do, which the client reads when it is imported
+    for name, value in dict(ENDPOINT=hub_server.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_TELEMETRY=True,
+                            HUGGINGFACE_CO_URL_TEMPLATE=hub_server.url + '/{repo_id}/resolve/{revision}/{filename}',
+                            HF_HUB_CACHE=str(tmp_path / 'cache'),
+                            HF_HUB_DISABLE_XET=True, HF_TOKEN_PATH=str(tmp_path / 'no_token')).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    return hub_server
+
+
+def hub_environment(server, cache, **extra) -> dict:
+    """The same for another process."""
+    return dict(dict(HF_ENDPOINT=server.url, HF_HUB_OFFLINE='0', HF_HOME=str(cache), HF_HUB_DISABLE_XET='1',
+                     HF_TOKEN='', HF_HUB_DISABLE_TELEMETRY='1'), **extra)
+
+
 def tool_environment(**extra) -> dict:
     return {**os.environ, 'OMP_NUM_THREADS': '1', **extra}
 

@@ -280,8 +280,12 @@ def _some(keys: Sequence[str], limit: int = 4) -> str:
 
 
 def load_weights(model: torch.nn.Module, path: str, name: str, use_ema: bool = True) -> None:
-    """Load a checkpoint into a model; every key and shape must match, and the error names those that do not."""
-    state = read_checkpoint(path, use_ema)
+    """Load a checkpoint file into a model, see `load_state`."""
+    load_state(model, read_checkpoint(path, use_ema), path, name)
+
+
+def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str, name: str) -> None:
+    """Load weights into a model; every key and shape must match, and the error names those that do not."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]

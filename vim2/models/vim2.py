@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
 from timm.models import (
@@ -25,6 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vim2 import pretrained as pretrained_weights
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage
 from .vmamba import convert_vmamba, is_vmamba
 
@@ -448,13 +448,32 @@ def _abridged(items: List[str], most: int = 8) -> str:
     return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
 
 
-def _check_source(variant: str, **kwargs: Any) -> None:
-    """Raise, before anything is built, if `pretrained=True` has no weights to load or a file that cannot be read."""
-    cfg = resolve_pretrained_cfg(
-        variant, pretrained_cfg=kwargs.get('pretrained_cfg'),
-        pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
-    if cfg.state_dict or cfg.source:
-        return
+def _check_source(variant: str, cache_dir: Optional[Union[str, Path]] = None, **kwargs: Any) -> Dict[str, Any]:
+    """Find and verify what `pretrained=True` is going to load, before anything is built.
+
+    Returns:
+        What to lay over the configuration, so that timm reads the verified file and no other.
+
+    Raises:
+        RuntimeError: no weights are published; bytes that differ from those published, a damaged or a pickle file.
+        FileNotFoundError: no such file. Or huggingface_hub's errors.
+    """
+    try:
+        cfg = resolve_pretrained_cfg(
+            variant, pretrained_cfg=kwargs.get('pretrained_cfg'),
+            pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
+    except TypeError as e:  # a config.json with fields that timm does not know
+        raise RuntimeError(f'{variant}: this timm cannot read the pretrained configuration: {e}') from None
+    if cfg.source == 'local-dir':
+        pretrained_weights.check_folder(Path(cfg.file))
+        return {}
+    if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict):
+        repo, revision = pretrained_weights.split_hub_id(cfg.hf_hub_id)
+        path, commit = pretrained_weights.fetch_weights(repo, revision, cfg.hf_hub_filename, cache_dir)
+        # the commit, so that timm finds this very file in the cache, even if the branch moves meanwhile
+        return dict(hf_hub_id=f'{repo}@{commit}', hf_hub_filename=cfg.hf_hub_filename or path.name, custom_load=False)
+    if cfg.state_dict:
+        return {}
     if not cfg.has_weights:
         raise RuntimeError(
             f'No pretrained weights are published for {variant}. Pass pretrained=False for random weights, or your own '
@@ -462,24 +481,22 @@ def _check_source(variant: str, **kwargs: Any) -> None:
             'which adapts it to other num_classes and in_chans, or '
             f"timm.create_model('{variant}', checkpoint_path=PATH), which does not.")
     if not cfg.file:
-        return
+        return {}
     path = Path(cfg.file)
     if not path.is_file():
         raise FileNotFoundError(f'{variant}: there is no weights file {path}')
     if path.suffix == '.safetensors':
-        try:
-            with safe_open(path, framework='pt'):  # reads the header and compares it with the file's length
-                pass
-        except SafetensorError as e:
-            raise RuntimeError(
-                f'{variant}: {path} is not a readable safetensors file (corrupt or truncated): {e}') from e
+        pretrained_weights.check_readable(path, variant)
+        pretrained_weights.check_bundled(path)
     elif not zipfile.is_zipfile(path):  # the container of torch.save, with its index at the end
         raise RuntimeError(f'{variant}: {path} is not a readable PyTorch checkpoint (corrupt or truncated)')
+    return {}
 
 
 def _create_vim2(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
     if pretrained:
-        _check_source(variant, **kwargs)
+        overlay = _check_source(variant, **kwargs)
+        kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), **overlay}
     return build_model_with_cfg(
         VisionMambaMixer,
         variant,
@@ -488,14 +505,6 @@ def _create_vim2(variant: str, pretrained: bool = False, **kwargs: Any) -> Visio
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
-
-
-# Weights that come with the package; pretrained=True works without a network.
-WEIGHTS_DIR = Path(__file__).resolve().parent.parent / 'weights'
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -518,24 +527,27 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    # No ImageNet weights are published: neither the authors nor this project have any.
-    'vim2_tiny.untrained': _cfg(),
-    'vim2_small.untrained': _cfg(),
-    'vim2_base.untrained': _cfg(),
-    'vim2_mlp_tiny.untrained': _cfg(),
-    'vim2_nano_patch2_32.cifar10': _cfg(
-        file=str(WEIGHTS_DIR / 'vim2_nano_patch2_32.cifar10.safetensors'),
-        num_classes=10,
-        label_names=CIFAR10_LABELS,
-        input_size=(3, 32, 32),
-        pool_size=(2, 2),
-        crop_pct=1.0,
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-    ),
-    'test_vim2.untrained': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
-})
+# What the architectures have in common with every set of weights of theirs.
+_ARCHITECTURES = {
+    'vim2_tiny': _cfg(),
+    'vim2_small': _cfg(),
+    'vim2_base': _cfg(),
+    'vim2_mlp_tiny': _cfg(),
+    'vim2_nano_patch2_32': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    'test_vim2': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+}
+
+
+def _default_cfgs(published: Dict[str, pretrained_weights.Weights]) -> Dict[str, Dict[str, Any]]:
+    """A configuration for each entry of the manifest, and `untrained` where an architecture has none."""
+    cfgs = {w.name: {**_ARCHITECTURES[w.architecture], **w.pretrained_cfg()} for w in published.values()
+            if w.architecture in _ARCHITECTURES}
+    trained = {w.architecture for w in published.values()}
+    cfgs.update({f'{name}.untrained': cfg for name, cfg in _ARCHITECTURES.items() if name not in trained})
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs(pretrained_weights.manifest()))
 
 
 @register_model

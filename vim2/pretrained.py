@@ -1,0 +1,330 @@
+"""Published weights: the manifest that lists them, and how a weights file is found, checked and read.
+
+`weights/manifest.json` is the one list. timm's default configurations are made from it, so that an entry there is all
+that publishing needs. Files are safetensors; whatever is downloaded or comes with the package is compared with the
+SHA-256 that is known of it *before* anything reads it:
+
+- of an entry of the manifest, with the entry's, whether the file comes with the package or from the Hub;
+- of any other large file from the Hub, with the one that the Hub announced (the name of the file in the cache).
+
+That costs a pass over the file at each load (about 0.1 s for 100 MB), and finds damaged disks and mirrors as well.
+Pickle files can execute code when they are read, so they are refused, unless VIM2_ALLOW_PICKLE=1 or
+`vim2.hub.load(…, allow_pickle=True)` allows them; PyTorch then reads them with `weights_only=True`.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+__all__ = ['Weights', 'fetch', 'fetch_weights', 'list_pretrained', 'manifest', 'read_manifest']
+
+WEIGHTS_DIR = Path(__file__).resolve().parent / 'weights'
+SAFETENSORS, PICKLE = 'model.safetensors', 'pytorch_model.bin'
+PICKLE_SUFFIXES = ('.bin', '.pth', '.pt', '.tar', '.pkl', '.ckpt')
+_FORMAT = 1
+_SHA256 = re.compile(r'[0-9a-f]{64}')
+_RETRIES = 2  # of a download that the server answers with 5xx, beyond what huggingface_hub retries itself
+_RETRY_SECONDS = 1.
+
+
+# ---------------------------------------------------------------------------------------------------------- manifest
+
+@dataclass(frozen=True)
+class Weights:
+    """An entry of the manifest.
+
+    Args:
+        name: timm's name, ARCHITECTURE.TAG.
+        file: file in the package's `weights` folder (of a TSM2: in a folder of it, with config.json); with `repo`, file
+            in that repository.
+        size: its length in bytes.
+        sha256: its SHA-256, in hexadecimal.
+        license: SPDX identifier, lower case as the Hub has it.
+        data: what the weights were trained on.
+        metric: `name`, `value`, `unit`, `on` (the data) and `command`, which measures it.
+        command: what trained them.
+        config: what differs from the architecture's default configuration (classes, image size, mean, …).
+        repo: Hub repository, ORG/NAME. Default: the file comes with the package.
+        revision: its commit, 40 hexadecimal digits: a branch could move away from the bytes that are listed.
+    """
+    name: str
+    file: str
+    size: int
+    sha256: str
+    license: str
+    data: str
+    metric: Dict[str, Any]
+    command: str
+    config: Dict[str, Any] = field(default_factory=dict)
+    repo: Optional[str] = None
+    revision: Optional[str] = None
+
+    @property
+    def architecture(self) -> str:
+        return self.name.partition('.')[0]
+
+    @property
+    def path(self) -> Optional[Path]:
+        """The file, if it comes with the package."""
+        return None if self.repo else WEIGHTS_DIR / self.file
+
+    @property
+    def hub_id(self) -> Optional[str]:
+        return f'{self.repo}@{self.revision}' if self.repo else None
+
+    def pretrained_cfg(self) -> Dict[str, Any]:
+        """What timm's default configuration says about these weights."""
+        source = dict(hf_hub_id=self.hub_id, hf_hub_filename=self.file) if self.repo else dict(file=str(self.path))
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items()}
+        return dict(config, license=self.license, **source)
+
+
+def read_manifest(path: Union[str, Path]) -> Dict[str, Weights]:
+    """The entries of a manifest by name, in their order.
+
+    Raises:
+        ValueError: names the entry and the field that is missing, unknown, or of another kind.
+    """
+    path = Path(path)
+    with open(path, encoding='utf-8') as f:
+        data = json.load(f)
+    if data.get('format') != _FORMAT:
+        raise ValueError(f'{path}: format {data.get("format")!r}, expected {_FORMAT}')
+    required = dict(file=str, size=int, sha256=str, license=str, data=str, metric=dict, command=str)
+    optional = dict(config=dict, repo=str, revision=str)
+    out = {}
+    for name, values in data['weights'].items():
+        problems = [f'{k} is missing' for k in required if k not in values]
+        for k, v in values.items():
+            kind = {**required, **optional}.get(k)
+            if kind is None:
+                problems.append(f'{k} is unknown')
+            elif not isinstance(v, kind):
+                problems.append(f'{k} is {v!r}, no {kind.__name__}')
+        if not problems:
+            metric = values['metric']
+            checks = (
+                ('the name must be ARCHITECTURE.TAG', re.fullmatch(r'\w+\.[\w-]+', name)),
+                ('sha256 must be 64 hexadecimal digits, lower case', _SHA256.fullmatch(values['sha256'])),
+                ('repo needs a revision of 40 hexadecimal digits, and a revision a repo', 'repo' not in values
+                 and 'revision' not in values or re.fullmatch('[0-9a-f]{40}', values.get('revision', ''))
+                 and 'repo' in values),
+                ('file must be a plain relative name of a .safetensors file', _is_plain(values['file'])
+                 and values['file'].endswith('.safetensors')),
+                ('metric needs name, value and on', {'name', 'value', 'on'} <= set(metric)),
+            )
+            problems = [text for text, ok in checks if not ok]
+        if problems:
+            raise ValueError(f'{path}: {name}: {"; ".join(problems)}')
+        out[name] = Weights(name=name, **values)
+    return out
+
+
+@lru_cache(maxsize=None)
+def manifest() -> Dict[str, Weights]:
+    """The published weights by name."""
+    return read_manifest(WEIGHTS_DIR / 'manifest.json')
+
+
+class _Table(List[Weights]):
+    """A list that prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [('name', 'size', 'licence', 'data', 'result', 'from')]
+        for w in self:
+            m = w.metric
+            rows.append((w.name, f'{w.size / 1e6:.1f} MB', w.license, w.data,
+                         f'{m["name"]} {m["value"]:.2f} {m.get("unit", "")}'.strip(), w.repo or 'the package'))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def list_pretrained(filter: str = '*') -> List[Weights]:
+    """The published weights, those whose name matches `filter` (`vim2_*`, `*.in1k`); prints as a table."""
+    from fnmatch import fnmatch
+    return _Table(w for w in manifest().values() if fnmatch(w.name, filter))
+
+
+# ------------------------------------------------------------------------------------------------------- permissions
+
+@dataclass(frozen=True)
+class _Access:
+    """What a call of `vim2.hub.load` grants to the code below timm, which cannot pass it on."""
+    token: Union[bool, str, None] = None
+    allow_pickle: bool = False
+
+
+_NO_ACCESS = _Access()
+_access: ContextVar[_Access] = ContextVar('vim2_hub_access', default=_NO_ACCESS)
+
+
+@contextlib.contextmanager
+def access(token: Union[bool, str, None] = None, allow_pickle: bool = False) -> Iterator[None]:
+    """Use `token` and the permission to read pickle files for every download inside."""
+    reset = _access.set(_Access(token, allow_pickle))
+    try:
+        yield
+    finally:
+        _access.reset(reset)
+
+
+def current_token() -> Union[bool, str, None]:
+    return _access.get().token
+
+
+def pickle_allowed() -> bool:
+    return _access.get().allow_pickle or os.environ.get('VIM2_ALLOW_PICKLE', '').lower() in ('1', 'true', 'yes', 'on')
+
+
+_HOW_TO_ALLOW = ('Reading a pickle file can execute code, so it is refused. Ask for a safetensors file; or, where you '
+                 'trust the source, set VIM2_ALLOW_PICKLE=1 or call vim2.hub.load(…, allow_pickle=True), which read '
+                 'it with weights_only=True')
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+def sha256(path: Union[str, Path]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb', buffering=0) as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_plain(name: str) -> bool:
+    """A relative path without `..`, of the same meaning on every system."""
+    return bool(name) and not re.search(r'[\\:\x00]', name) and all(
+        part not in ('', '.', '..') for part in name.split('/'))
+
+
+def _verify(path: Path, expected: Dict[str, str]) -> None:
+    """Compare a file with the SHA-256 sums that are known of it: what says so, and the sum."""
+    if not expected:
+        return
+    actual = sha256(path)
+    for who, digest in expected.items():
+        if actual != digest:
+            raise RuntimeError(f'{path} is not what {who} lists: its SHA-256 is {actual}, expected {digest}')
+
+
+def check_readable(path: Path, what: str) -> None:
+    """Raise RuntimeError if a .safetensors file is corrupt or truncated; reads its header only."""
+    try:
+        with safe_open(path, framework='pt'):
+            pass
+    except SafetensorError as e:
+        raise RuntimeError(f'{what}: {path} is not a readable safetensors file (corrupt or truncated): {e}') from e
+
+
+def split_hub_id(hub_id: str) -> Tuple[str, Optional[str]]:
+    """`org/repo@revision` as (org/repo, revision)."""
+    repo, _, revision = hub_id.partition('@')
+    return repo, revision or None
+
+
+def fetch(
+        repo: str,
+        filename: str,
+        revision: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Tuple[Path, str]:
+    """A file of a Hub repository, from the cache or downloaded, verified; and the commit that it is of.
+
+    Honours what huggingface_hub does: HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME, … A file that fails the
+    verification is removed from the cache, so that the next call downloads it anew.
+
+    Raises:
+        huggingface_hub's own errors (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, …).
+        ValueError: a file name that is no plain relative one.
+        RuntimeError: the bytes are not those that the manifest or the Hub lists.
+    """
+    if not _is_plain(filename):
+        raise ValueError(f'{repo}: {filename!r} is no plain file name inside a repository')
+    for attempt in range(_RETRIES + 1):
+        try:
+            path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir,
+                                        token=current_token(), library_name='vim2'))
+            break
+        except HfHubHTTPError as e:  # huggingface_hub retries the first request, not the download itself
+            status = getattr(e.response, 'status_code', None)
+            if attempt == _RETRIES or status is None or status < 500:
+                raise
+            time.sleep(_RETRY_SECONDS * 2 ** attempt)
+    commit = path.parents[len(PurePosixPath(filename).parts) - 1].name  # …/snapshots/COMMIT/FILENAME
+    expected = {}
+    # …/blobs/SHA256, which may be a link itself, into a store with names of another hash
+    blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    if _SHA256.fullmatch(blob.name):
+        expected[f'the Hub ({repo})'] = blob.name
+    for w in manifest().values():
+        if w.repo == repo and w.file == filename and commit == w.revision:
+            expected[f'the manifest of vim2 ({w.name})'] = w.sha256
+    try:
+        _verify(path, expected)
+    except RuntimeError as e:
+        for file in (path.resolve(), blob, path):
+            file.unlink(missing_ok=True)
+        raise RuntimeError(f'{e}. The file was removed from the cache: a second attempt downloads it again; if that '
+                           'fails as well, the server (HF_ENDPOINT) has other bytes than were published') from None
+    return path, commit
+
+
+def fetch_weights(
+        repo: str,
+        revision: Optional[str] = None,
+        filename: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Tuple[Path, str]:
+    """The weights of a Hub repository, `model.safetensors` or the file that its configuration names; see `fetch`.
+
+    Raises:
+        FileNotFoundError: there is no safetensors file.
+        RuntimeError: it is corrupt or truncated; a pickle file that is not allowed.
+    """
+    where = f'{repo}@{revision}' if revision else repo
+    if filename is None:
+        try:
+            path, commit = fetch(repo, SAFETENSORS, revision, cache_dir)
+        except LocalEntryNotFoundError:
+            raise  # no network: nothing is known about the repository
+        except EntryNotFoundError:
+            if not pickle_allowed():
+                raise FileNotFoundError(f'{where} has no {SAFETENSORS}. {_HOW_TO_ALLOW}') from None
+            return fetch(repo, PICKLE, revision, cache_dir)
+    else:
+        if not filename.endswith('.safetensors') and not pickle_allowed():
+            raise RuntimeError(f'{where} names {filename!r} as its weights. {_HOW_TO_ALLOW}')
+        path, commit = fetch(repo, filename, revision, cache_dir)
+    if path.suffix == '.safetensors':
+        check_readable(path, where)
+    return path, commit
+
+
+def check_folder(folder: Path) -> None:
+    """Raise if timm would read a damaged file or a pickle file from this folder (`local-dir:`)."""
+    file = folder / SAFETENSORS
+    if file.is_file():
+        check_readable(file, str(folder))
+        return
+    pickles = [f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLE_SUFFIXES] if folder.is_dir() else []
+    if pickles and not pickle_allowed():
+        raise RuntimeError(f'{folder} has no {SAFETENSORS}, but {", ".join(pickles[:3])}. {_HOW_TO_ALLOW}')
+
+
+def check_bundled(path: Path) -> None:
+    """Compare a file of the package with the manifest; other files pass."""
+    for w in manifest().values():
+        if w.path is not None and path == w.path:
+            _verify(path, {f'the manifest of vim2 ({w.name})': w.sha256})
