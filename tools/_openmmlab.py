@@ -32,7 +32,6 @@ def get_parser(description: str, config_help: str) -> argparse.ArgumentParser:
 def load_config(args: argparse.Namespace):
     """The config, with the command line's changes."""
     common.register_models()
-    from mmengine.config import ConfigDict  # noqa: F401
     from vim2.openmmlab import load_config
     try:
         cfg = load_config(args.config, args.cfg_options)
@@ -66,8 +65,8 @@ def check_checkpoint(path: str) -> None:
     except (RuntimeError, ValueError, EOFError) as e:
         raise UserError(f'cannot read the checkpoint {path}: {common.one_line(e, 200)}') from None
     if unsafe:
-        raise UserError(f'{path} holds objects besides weights ({", ".join(sorted(unsafe)[:4])}); reading them could run '
-                        "code, so it is refused. Where you trust it, save its weights alone: "
+        raise UserError(f'{path} holds objects besides weights ({", ".join(sorted(unsafe)[:4])}); reading them could '
+                        "run code, so it is refused. Where you trust it, save its weights alone: "
                         "torch.save({'state_dict': state_dict}, FILE)")
 
 

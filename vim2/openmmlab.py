@@ -21,11 +21,13 @@ try:
     from mmengine.analysis import complexity_analysis
     from mmengine.analysis.jit_handles import get_shape
     from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE
     from mmengine.model import BaseModule
     from mmengine.model.weight_init import update_init_info
     from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
     from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
     from mmengine.runner import autocast
+    from mmengine.utils import is_installed
 except ModuleNotFoundError as e:
     if e.name != 'mmengine':
         raise
@@ -293,6 +295,12 @@ def _baddbmm_flops(inputs: List[Any], outputs: List[Any]) -> int:
 # get_model_complexity_info makes its own analyzer from this table, and lets nobody add to it.
 complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['vim2::scan'] = scan_flops
 complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault('aten::baddbmm', _baddbmm_flops)
+
+
+# mmengine looks for mmseg's configs in a distribution of the name mmsegmentation; the maintained fork has another, and
+# mmengine finds it by the module's name, as it does mmdet.
+if not is_installed(MODULE2PACKAGE['mmseg']):
+    MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 def list_configs() -> List[str]:
