@@ -1,8 +1,9 @@
 """What train_openmmlab.py and test_openmmlab.py share: the config of the command line, and mmengine's Runner for it."""
 import argparse
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
@@ -88,6 +89,19 @@ def build_runner(cfg):
         return mmengine.runner.Runner.from_cfg(cfg)
     except Exception as e:  # mmengine re-raises what a class raises, as many types
         raise UserError(common.one_line(_first(e), 1000)) from e
+
+
+def execute(action: Callable[[], Any]) -> Any:
+    """Train or test; mistakes in what the config names are one line, everything else keeps its traceback."""
+    try:
+        return action()
+    except Exception as e:  # mmengine re-raises what a class raises, as many types
+        cause = _first(e)
+        if isinstance(cause, FileNotFoundError):
+            raise UserError(f"{common.one_line(cause)} (data belongs where the config's data_root says)") from e
+        if re.search('keys do not match|No pretrained weights are published|write init_cfg=', str(cause)):
+            raise UserError(common.one_line(cause, 1000)) from e
+        raise
 
 
 def _first(e: BaseException) -> BaseException:

@@ -55,7 +55,7 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
         _openmmlab.check_checkpoint(cfg.load_from)
-    _openmmlab.build_runner(cfg).train()
+    _openmmlab.execute(_openmmlab.build_runner(cfg).train)
 
 
 if __name__ == '__main__':

@@ -270,12 +270,35 @@ class ViM2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Mixed precision in bfloat16, which needs no loss scaling; on any device, where AmpOptimWrapper wants a GPU."""
+    """Mixed precision in bfloat16, which needs no loss scaling; on any device, where AmpOptimWrapper wants a GPU.
+
+    mmcv's operators (RoIAlign, nms) have no bfloat16: what they read is cast back to float32, by hooks on mmcv's layers
+    and on mmdet's heads.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._hooked = False
 
     @contextmanager
     def optim_context(self, model: nn.Module):
+        if not self._hooked:
+            for module in model.modules():
+                source = type(module).__module__
+                if source.startswith(('mmcv.ops.', 'mmdet.models.roi_heads.')):
+                    module.register_forward_pre_hook(lambda module, args: _float32(args))
+                if source.startswith(('mmdet.models.dense_heads.', 'mmdet.models.roi_heads.')):
+                    module.register_forward_hook(lambda module, args, output: _float32(output))
+            self._hooked = True
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
+
+
+def _float32(value: Any) -> Any:
+    """Every bfloat16 tensor in nested tuples and lists as float32."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_float32, value))
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def scan_flops(inputs: List[Any], outputs: List[Any]) -> int:
