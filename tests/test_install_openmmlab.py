@@ -130,7 +130,7 @@ def test_wheel_is_proved_and_kept(args, tmp_path, monkeypatch, no_packages, caps
     ('raise SystemExit("x.cpp:1:1: error: no such thing")', 'the first error: .*no such thing'),
     ('print("fatal: write failed: No space left on device"); raise SystemExit(1)', 'the disk is full'),
     ('print("c++: fatal error: Killed signal terminated program cc1plus"); raise SystemExit(1)', 'try --jobs 1'),
-    ('''print("g++: error: unrecognized command-line option '-std=c++20'"); raise SystemExit(1)''', 'too old'),
+    ('print("g++: error: unrecognized command-line option ‘-std=c++20’"); raise SystemExit(1)', 'too old'),
 ])
 def test_failed_build_leaves_nothing(args, tmp_path, no_packages, setup, message):
     args.sdist = str(make_sdist(tmp_path / 'a.tar.gz', setup))

@@ -32,12 +32,11 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)))
 
 meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction', 'instances')
-pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=(192, 192), keep_ratio=True),
-    dict(type='PackDetInputs', meta_keys=meta_keys),
-]
+load, resize = dict(type='LoadImageFromFile'), dict(type='Resize', scale=(192, 192), keep_ratio=True)
+annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
+pack = dict(type='PackDetInputs', meta_keys=meta_keys)
+train_pipeline = [load, annotations, resize, pack]
+test_pipeline = [load, resize, annotations, pack]  # predictions are compared at the image's own size
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
@@ -48,7 +47,7 @@ train_dataloader = dict(
         ann_file='annotations/instances_train2017.json',
         data_prefix=dict(img='images/train2017/'),
         indices=indices,
-        pipeline=pipeline))
+        pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=1,
     num_workers=0,
@@ -60,7 +59,7 @@ val_dataloader = dict(
         data_prefix=dict(img='images/train2017/'),
         test_mode=True,
         indices=indices,
-        pipeline=pipeline))
+        pipeline=test_pipeline))
 test_dataloader = val_dataloader
 # Without ann_file: the ground truth is that of the chosen images, not of the whole file.
 val_evaluator = dict(type='CocoMetric', metric=['bbox', 'segm'])
