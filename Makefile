@@ -31,6 +31,7 @@ lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .
 
 test: lint  ## lint and all tests
+	$(PY) tools/install_openmmlab.py -c constraints.txt
 	$(PY) -m pytest -q
 
 bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON

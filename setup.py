@@ -10,7 +10,7 @@ EXTRAS = {
     # what tools/*.py import beyond the package itself
     'tools': ['matplotlib>=3.7', 'pillow>=10.1', 'pyyaml>=6.0', 'tqdm>=4.60'],
     # detection and segmentation: the maintained forks, which keep the import names mmengine, mmdet and mmseg; mmcv
-    # with its compiled operators must be built, because its wheels come without them
+    # with its compiled operators must be built, because its wheels come without them: tools/install_openmmlab.py
     'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
     'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
     # tools/forecast.py and vim2.forecasting need pandas alone
@@ -18,6 +18,9 @@ EXTRAS = {
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
     'darts>=0.48', 'pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
+
+# Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
+CONFIGS = {'vim2.configs.detection': 'detection/configs', 'vim2.configs.segmentation': 'segmentation/configs'}
 
 setup(
     name='vim2',
@@ -34,7 +37,8 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
-    packages=find_packages(include=['vim2', 'vim2.*']),
+    packages=find_packages(include=['vim2', 'vim2.*']) + list(CONFIGS),
+    package_dir={'vim2': 'vim2', **CONFIGS},
     package_data={'vim2': ['weights/*.safetensors', 'weights/*.json', 'weights/*/*.safetensors', 'weights/*/*.json']},
     python_requires='>=3.10',
     install_requires=[

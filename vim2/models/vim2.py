@@ -434,14 +434,19 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer)
     stem = given.get('stem.conv.weight', ())
     if len(stem) == 4:
         given['stem.conv.weight'] = (stem[0], own['stem.conv.weight'][1], *stem[2:])
-    missing = [k for k in own if k not in given]
-    unexpected = [k for k in given if k not in own]
-    shapes = [f'{k} {given[k]} instead of {own[k]}' for k in own if k in given and given[k] != own[k]]
-    problems = [f'{what}: {_abridged(keys)}' for what, keys in (
-        ('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
+    problems = key_problems(own, given)
     if problems:
         raise RuntimeError(f'{source} is no checkpoint of {name}; its keys do not match.\n  ' + '\n  '.join(problems))
     return state_dict
+
+
+def key_problems(own: Dict[str, Tuple[int, ...]], given: Dict[str, Tuple[int, ...]]) -> List[str]:
+    """What keeps a state dict from being a model's, each with its keys; from names to shapes. Empty if it fits."""
+    missing = [k for k in own if k not in given]
+    unexpected = [k for k in given if k not in own]
+    shapes = [f'{k} {given[k]} instead of {own[k]}' for k in own if k in given and given[k] != own[k]]
+    return [f'{what}: {_abridged(keys)}' for what, keys in (
+        ('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
 
 
 def _abridged(items: List[str], most: int = 8) -> str:

@@ -1,0 +1,15 @@
+"""Cascade Mask R-CNN with FPN, 12 epochs, batch 16 (8 GPUs x 2)."""
+_base_ = [
+    'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_instance.py',
+    'mmdet::_base_/schedules/schedule_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(_delete_=True, type='ViM2', model_name='vim2_tiny', drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]))
+optim_wrapper = dict(
+    constructor='ViM2OptimWrapperConstructor',
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))

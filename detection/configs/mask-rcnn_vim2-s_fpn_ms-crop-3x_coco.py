@@ -1,0 +1,3 @@
+_base_ = './mask-rcnn_vim2-t_fpn_ms-crop-3x_coco.py'
+
+model = dict(backbone=dict(model_name='vim2_small'))

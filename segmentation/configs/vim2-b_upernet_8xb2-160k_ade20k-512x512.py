@@ -1,0 +1,6 @@
+_base_ = './vim2-t_upernet_8xb2-160k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(model_name='vim2_base'),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512))

@@ -1,0 +1,120 @@
+"""What train_openmmlab.py and test_openmmlab.py share: the config of the command line, and mmengine's Runner for it."""
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+import _common as common
+from _common import UserError
+
+
+def get_parser(description: str, config_help: str) -> argparse.ArgumentParser:
+    try:
+        from mmengine.config import DictAction
+    except ModuleNotFoundError as e:
+        if e.name != 'mmengine':
+            raise
+        raise UserError('mmengine is not installed: python tools/install_openmmlab.py') from None
+    parser = argparse.ArgumentParser(description=description, formatter_class=common.HelpFormatter)
+    parser.add_argument('config', help=config_help)
+    parser.add_argument('--work-dir', metavar='DIR',
+                        help="logs and checkpoints (default: the config's, else work_dirs/NAME of the config)")
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='K=V',
+                        help='change the config: dotted keys; lists as key="[a,b]" or key=a,b')
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+                        help='what started the processes; pytorch: torchrun')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def load_config(args: argparse.Namespace):
+    """The config, with the command line's changes."""
+    common.register_models()
+    from vim2.openmmlab import load_config
+    try:
+        cfg = load_config(args.config, args.cfg_options)
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(common.one_line(e, 1000)) from None
+    except ModuleNotFoundError as e:
+        raise UserError(f'{args.config} needs {e.name}: python tools/install_openmmlab.py') from None
+    except (SyntaxError, KeyError, TypeError, AttributeError, NameError, ImportError) as e:
+        raise UserError(f'cannot read the config {args.config}: {common.one_line(e)}') from None
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(args.config).stem)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return cfg
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse a file that torch.load could not read without running code, which mmengine would then do."""
+    from mmengine.logging import HistoryBuffer
+    if path.startswith(('http://', 'https://')):
+        raise UserError(f'{path}: download it and give its path')
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint {path}')
+    import numpy as np
+    from numpy._core.multiarray import _reconstruct, scalar
+    # what mmengine itself saves beside the weights: its history of losses
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, HistoryBuffer.__dict__['mean'], np.ndarray, np.dtype, _reconstruct, scalar, getattr,
+        *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_))])
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError, EOFError) as e:
+        raise UserError(f'cannot read the checkpoint {path}: {common.one_line(e, 200)}') from None
+    if unsafe:
+        raise UserError(f'{path} holds objects besides weights ({", ".join(sorted(unsafe)[:4])}); reading them could '
+                        "run code, so it is refused. Where you trust it, save its weights alone: "
+                        "torch.save({'state_dict': state_dict}, FILE)")
+
+
+def build_runner(cfg):
+    """mmengine's Runner; on a CPU also for several processes, which mmengine has only for GPUs."""
+    import mmengine.runner
+    if cfg.launcher != 'none' and not torch.accelerator.is_available():
+        if cfg.launcher != 'pytorch':
+            raise UserError(f'--launcher {cfg.launcher} needs GPUs; on CPUs use torchrun and --launcher pytorch')
+        if 'RANK' not in os.environ:
+            raise UserError('--launcher pytorch is for processes that torchrun starts: torchrun --nproc-per-node N '
+                            'tools/train_openmmlab.py … --launcher pytorch')
+        torch.distributed.init_process_group('gloo')
+        wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                       find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.setdefault('model_wrapper_cfg', wrapper)
+        cfg.model = replace_type(cfg.model, 'SyncBN', 'BN')
+    try:
+        return mmengine.runner.Runner.from_cfg(cfg)
+    except Exception as e:  # mmengine re-raises what a class raises, as many types
+        raise UserError(common.one_line(_first(e), 1000)) from e
+
+
+def execute(action: Callable[[], Any]) -> Any:
+    """Train or test; mistakes in what the config names are one line, everything else keeps its traceback."""
+    try:
+        return action()
+    except Exception as e:  # mmengine re-raises what a class raises, as many types
+        cause = _first(e)
+        if isinstance(cause, FileNotFoundError):
+            raise UserError(f"{common.one_line(cause)} (data belongs where the config's data_root says)") from e
+        if re.search('keys do not match|No pretrained weights are published|write init_cfg=', str(cause)):
+            raise UserError(common.one_line(cause, 1000)) from e
+        raise
+
+
+def _first(e: BaseException) -> BaseException:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return e
+
+
+def replace_type(config: Any, old: str, new: str) -> Any:
+    """The config with another `type` wherever it stands."""
+    if isinstance(config, dict):
+        return type(config)({k: new if k == 'type' and v == old else replace_type(v, old, new)
+                             for k, v in config.items()})
+    if isinstance(config, (list, tuple)):
+        return type(config)(replace_type(v, old, new) for v in config)
+    return config

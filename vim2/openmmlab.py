@@ -1,0 +1,383 @@
+"""ViM2 as a backbone of OpenMMLab's frameworks: MMDetection, MMSegmentation, MMPretrain
+
+Everything is registered at mmengine's root registries, which those of mmdet, mmseg and mmpretrain fall back to, so a
+config of any of them needs no more than
+
+    custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
+    model = dict(backbone=dict(type='ViM2', model_name='vim2_tiny', drop_path_rate=0.2))
+
+Needs mmengine, which `pip install vim2[openmmlab]` and tools/install_openmmlab.py install.
+
+Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
+"""
+import difflib
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+
+try:
+    from mmengine.analysis import complexity_analysis
+    from mmengine.analysis.jit_handles import get_shape
+    from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.model import BaseModule
+    from mmengine.model.weight_init import update_init_info
+    from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+    from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+    from mmengine.runner import autocast
+    from mmengine.utils import is_installed
+except ModuleNotFoundError as e:
+    if e.name != 'mmengine':
+        raise
+    raise ModuleNotFoundError("vim2.openmmlab needs mmengine: `pip install 'vim2[openmmlab]'`, then "
+                              'tools/install_openmmlab.py for mmcv with its compiled operators', name=e.name) from None
+import timm
+import torch
+from timm.layers import LayerNorm2d
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import vim2
+from vim2.models import VisionMambaMixer
+from vim2.models.vim2 import key_problems
+
+__all__ = ['BFloat16OptimWrapper', 'ViM2', 'ViM2OptimWrapperConstructor', 'list_configs', 'load_config', 'scan_flops']
+
+
+@MODELS.register_module()
+class ViM2(BaseModule):
+    """A ViM2 as a backbone: images of any size (B, C, H, W) to a tuple of maps (B, C_i, H_i, W_i), one per level.
+
+    `net` is the timm model without its classifier (and without the stages after the last level), under timm's names;
+    `norms` are the norms of the levels. The maps' strides are 4, 8, 16 and 32 with a stem of stride 4, and their sizes
+    are rounded up.
+    """
+
+    def __init__(
+            self,
+            model_name: str = 'vim2_tiny',
+            out_indices: Sequence[int] = (0, 1, 2, 3),
+            frozen_stages: int = -1,
+            norm_eval: bool = False,
+            norm_cfg: Optional[Dict[str, Any]] = dict(type='LN'),  # noqa: B006
+            with_cp: bool = False,
+            drop_path_rate: float = 0.,
+            in_channels: int = 3,
+            model_kwargs: Optional[Dict[str, Any]] = None,
+            init_cfg: Optional[Union[Dict[str, Any], List[Dict[str, Any]]]] = None,
+    ):
+        """
+        Args:
+            model_name: a registered ViM2, `timm.list_models('*vim2*')`.
+            out_indices: stages, from 0, whose outputs are the levels, in ascending order.
+            frozen_stages: -1 trains everything, 0 freezes the stem, n > 0 the stem and the first n stages with their
+                norms: no gradient, and evaluation mode (no stochastic depth).
+            norm_eval: keep batch norms in evaluation mode. ViM2 has none; it concerns those of `norm_cfg`.
+            norm_cfg: norm of each level's output: 'LN' over the channels, any other layer of mmcv over the map, or
+                None for none. They start at one and zero, whatever weights are loaded.
+            with_cp: recompute each mixer in the backward pass instead of keeping its activations.
+            drop_path_rate: stochastic depth rate of the last mixer, growing linearly from 0 at the first.
+            in_channels: channels of the images.
+            model_kwargs: further arguments of `timm.create_model`.
+            init_cfg: `dict(type='Pretrained', checkpoint=SOURCE)` with SOURCE a timm name with its tag
+                ('vim2_nano_patch2_32.cifar10'), 'hf-hub:USER/NAME', 'local-dir:DIR', or a weights file: of
+                tools/train.py, or of VMamba's vanilla network. They are loaded by timm, without their classifier; keys
+                that do not match are an error. Other types are mmengine's initialisers. Default: ViM2's own.
+
+        Raises:
+            ValueError: unknown model, or out_indices or frozen_stages out of range.
+        """
+        super().__init__(init_cfg)
+        self.model_name = model_name
+        self._net_kwargs = dict(model_kwargs or {}, in_chans=in_channels, drop_path_rate=drop_path_rate)
+        self.net = self._create(model_name, pretrained=False)
+        num_stages = len(self.net.stages)
+        self.out_indices = tuple(out_indices)
+        if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)) \
+                or not all(isinstance(i, int) and 0 <= i < num_stages for i in self.out_indices):
+            raise ValueError(f'out_indices={out_indices!r}: write one or more stages of {model_name} in ascending '
+                             f'order, from 0 to {num_stages - 1}, for example out_indices={tuple(range(num_stages))}')
+        # Parameters without a gradient would stop DistributedDataParallel. The final norm stays, so that net has all
+        # that the timm model has, but nothing here reads it.
+        self.net.prune_intermediate_layers(list(self.out_indices))
+        num_stages = len(self.net.stages)
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages={frozen_stages!r}: write -1 to train everything, 0 to freeze the stem, '
+                             f'or the number of stages to freeze with it, at most {num_stages}')
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.norms = nn.ModuleDict({
+            str(i): _build_norm(norm_cfg, self.net.feature_info[i]['num_chs']) for i in self.out_indices})
+        self.net.norm.requires_grad_(False)
+        self.net.set_grad_checkpointing(with_cp)
+        self._freeze()
+
+    def _create(self, name: str, **kwargs: Any) -> VisionMambaMixer:
+        names = timm.list_models('*vim2*')
+        base = name.partition('.')[0]
+        if ':' not in name and base not in names:
+            close = difflib.get_close_matches(base, names, n=3) or names
+            raise ValueError(f'unknown ViM2 {name!r}: write model_name={close[0]!r}'
+                             + ''.join(f' or {other!r}' for other in close[1:]))
+        model = timm.create_model(name, num_classes=0, **{**self._net_kwargs, **kwargs})
+        if not isinstance(model, VisionMambaMixer):
+            raise ValueError(f'{name!r} is no ViM2: it is a {type(model).__name__}')
+        return model
+
+    def init_weights(self) -> None:
+        """Load the pretrained weights of `init_cfg`, or run mmengine's initialisers where it names others."""
+        cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        pretrained = [c for c in cfgs if c.get('type') == 'Pretrained']
+        if not pretrained:
+            return super().init_weights()
+        cfg = dict(pretrained[0])
+        cfg.pop('type')
+        source = cfg.pop('checkpoint', None)
+        if len(cfgs) > 1 or not source or cfg:
+            raise ValueError(f"init_cfg={self.init_cfg!r}: write init_cfg=dict(type='Pretrained', checkpoint=SOURCE), "
+                             'with SOURCE a timm name with its tag, hf-hub:USER/NAME, local-dir:DIR or a weights file '
+                             "(a whole detector's or segmenter's weights are loaded by load_from)")
+        if self._is_init:
+            return None
+        self._load_pretrained(str(source))
+        if hasattr(self, '_params_init_info'):  # of a model that lists how each parameter was initialised
+            update_init_info(self, init_info=f'PretrainedInit: load from {source}')
+        self._is_init = True
+        return None
+
+    def _load_pretrained(self, source: str) -> None:
+        """All weights of `net`, from what `init_cfg` names. Raises RuntimeError that names keys that do not match."""
+        if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+            loaded = self._create(source, pretrained=True)
+        elif source.partition('.')[0] in timm.list_models('*vim2*') and not os.path.exists(source):
+            loaded = self._create(source, pretrained=True)
+        else:
+            overlay = dict(url=source) if source.startswith(('http://', 'https://')) else dict(file=source)
+            loaded = self._create(self.model_name, pretrained=True, pretrained_cfg_overlay=overlay)
+        given = loaded.state_dict()
+        if len(loaded.stages) > len(self.net.stages):  # without the stages that no level needs
+            unread = tuple(f'stages.{i}.' for i in range(len(self.net.stages), len(loaded.stages))) + ('norm.',)
+            given = {k: v for k, v in given.items() if not k.startswith(unread)}
+        shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (self.net.state_dict(), given)]
+        problems = key_problems(*shapes)
+        if problems:
+            raise RuntimeError(f'{source} holds no weights of {self.model_name}; its keys do not match.\n  '
+                               + '\n  '.join(problems))
+        self.net.load_state_dict(given, strict=True)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        maps = self.net.forward_intermediates(x, indices=list(self.out_indices), stop_early=True,
+                                              intermediates_only=True)
+        # The maps are views of NHWC memory. mmcv's RoIAlign reads its input's memory as NCHW, and convolutions pass
+        # such strides on to it.
+        return tuple(norm(x).contiguous() for norm, x in zip(self.norms.values(), maps))
+
+    def _frozen_modules(self) -> Iterator[nn.Module]:
+        if self.frozen_stages >= 0:
+            yield self.net.stem
+        for i in range(self.frozen_stages):
+            yield self.net.stages[i]
+            if str(i) in self.norms:
+                yield self.norms[str(i)]
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'ViM2':
+        super().train(mode)
+        if mode:
+            for module in self._frozen_modules():
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+
+def _build_norm(cfg: Optional[Dict[str, Any]], channels: int) -> nn.Module:
+    if cfg is None:
+        return nn.Identity()
+    cfg = dict(cfg)
+    if cfg.get('type') != 'LN':
+        from mmcv.cnn import build_norm_layer
+        return build_norm_layer(cfg, channels)[1]
+    cfg.pop('type')
+    trained = cfg.pop('requires_grad', True)
+    return LayerNorm2d(channels, **{'eps': 1e-5, **cfg}).requires_grad_(trained)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ViM2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor, with the model's own rules for a ViM2 backbone.
+
+    `paramwise_cfg=dict(layer_decay=r)`: the learning rate of a mixer (with the average that it reads) is r times that
+    of the one after it; the last one's is r times the base rate, which norms of levels, neck and heads have. The groups
+    are those of the timm model's `group_matcher`. Default: 1, the base rate for all.
+
+    Weights in the timm model's `no_weight_decay` (A_log, D, step sizes' biases, averaging scalars, norms, biases) and
+    the levels' norms are not decayed, whatever `layer_decay` is.
+
+    Everything outside the backbone obeys the other keys of `paramwise_cfg`, which are mmengine's (`norm_decay_mult`,
+    `bias_decay_mult`, `custom_keys`, …) and do not act inside it.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None):
+        super().__init__(optim_wrapper_cfg, dict(paramwise_cfg or {}))
+        self.layer_decay = self.paramwise_cfg.setdefault('layer_decay', 1.)  # never empty: add_params is called
+        if not isinstance(self.layer_decay, (int, float)) or not 0 < self.layer_decay <= 1:
+            raise ValueError(f'paramwise_cfg.layer_decay must be above 0 and at most 1, got {self.layer_decay!r}')
+        if self.base_lr is None:
+            raise ValueError("ViM2OptimWrapperConstructor needs optimizer.lr, for example optimizer=dict("
+                             "type='AdamW', lr=1e-4, weight_decay=0.05)")
+        self.num_backbones = 0
+
+    def __call__(self, model: nn.Module):
+        self.num_backbones = 0
+        wrapper = super().__call__(model)
+        if not self.num_backbones:
+            raise ValueError("ViM2OptimWrapperConstructor found no backbone of type 'ViM2' in the model: leave out "
+                             '`constructor` for other backbones')
+        return wrapper
+
+    def add_params(self, params: List[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
+        if not isinstance(module, ViM2):
+            return super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
+        self.num_backbones += 1
+        net = module.net
+        layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+        num_layers = 1 + max(layers[n] for n, _ in net.named_parameters() if not n.startswith('norm.'))
+        undecayed = net.no_weight_decay()
+        rows = [(p, layers[n], n in undecayed) for n, p in net.named_parameters()]
+        rows += [(p, num_layers, True) for p in module.norms.parameters()]
+        groups: Dict[Tuple[int, bool], dict] = {}
+        for p, layer, without_decay in rows:
+            if not p.requires_grad:
+                continue
+            if (layer, without_decay) not in groups:
+                group = dict(params=[], lr=self.base_lr * self.layer_decay ** (num_layers - layer))
+                if self.base_wd is not None:
+                    group['weight_decay'] = 0. if without_decay else self.base_wd
+                groups[layer, without_decay] = group
+            groups[layer, without_decay]['params'].append(p)
+        params.extend(groups[key] for key in sorted(groups))
+        return None
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Mixed precision in bfloat16, which needs no loss scaling; on any device, where AmpOptimWrapper wants a GPU.
+
+    mmcv's operators (RoIAlign, nms) have no bfloat16: what they read is cast back to float32, by hooks on mmcv's layers
+    and on mmdet's heads.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._hooked = False
+
+    @contextmanager
+    def optim_context(self, model: nn.Module):
+        if not self._hooked:
+            for module in model.modules():
+                source = type(module).__module__
+                if source.startswith(('mmcv.ops.', 'mmdet.models.roi_heads.')):
+                    module.register_forward_pre_hook(lambda module, args: _float32(args))
+                if source.startswith(('mmdet.models.dense_heads.', 'mmdet.models.roi_heads.')):
+                    module.register_forward_hook(lambda module, args, output: _float32(output))
+            self._hooked = True
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
+
+
+def _float32(value: Any) -> Any:
+    """Every bfloat16 tensor in nested tuples and lists as float32."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_float32, value))
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def scan_flops(inputs: List[Any], outputs: List[Any]) -> int:
+    """FLOPs of `vim2::scan` as mmengine counts them: 9 per state update (B, K, L, E, N), and B·K·L·E for D.
+
+    VMamba's formula, so that the figures compare with those of its papers.
+    """
+    u, A = get_shape(inputs[0]), get_shape(inputs[2])
+    updates = math.prod(u) * A[0]
+    return updates * (9 * A[2] + 1)
+
+
+def _baddbmm_flops(inputs: List[Any], outputs: List[Any]) -> int:
+    return math.prod(get_shape(inputs[1])) * get_shape(inputs[2])[-1]
+
+
+# get_model_complexity_info makes its own analyzer from this table, and lets nobody add to it.
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['vim2::scan'] = scan_flops
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault('aten::baddbmm', _baddbmm_flops)
+
+
+# mmengine looks for mmseg's configs in a distribution of the name mmsegmentation; the maintained fork has another, and
+# mmengine finds it by the module's name, as it does mmdet.
+if not is_installed(MODULE2PACKAGE['mmseg']):
+    MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def list_configs() -> List[str]:
+    """Names of the configs that come with the package."""
+    return sorted(_config_files())
+
+
+def _config_files() -> Dict[str, Path]:
+    package = Path(vim2.__file__).resolve().parent
+    files: Dict[str, Path] = {}
+    for task in ('detection', 'segmentation'):
+        folder = package / 'configs' / task  # in a wheel
+        if not folder.is_dir():
+            folder = package.parent / task / 'configs'  # in a clone
+        files.update((path.stem, path) for path in folder.glob('*.py'))
+    return files
+
+
+def load_config(name: Union[str, 'os.PathLike[str]'], cfg_options: Optional[Dict[str, Any]] = None) -> Config:
+    """A config that comes with the package, by its name, or any other by its path.
+
+    Args:
+        name: one of `list_configs()`, with or without '.py', or the path of a config file.
+        cfg_options: what to change in it, as mmengine's --cfg-options: dotted keys to values.
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: the config uses ViM2 without importing this module, which mmdet and mmseg would not find.
+    """
+    files, name = _config_files(), str(name)
+    stem = name.removesuffix('.py')
+    path = Path(name)
+    if stem in files:
+        path = files[stem]
+    elif not path.is_file():
+        close = difflib.get_close_matches(Path(stem).name, files, n=3)
+        raise FileNotFoundError(f'there is no config {name!r}: ' + (f'did you mean {" or ".join(close)}?' if close else
+                                'give the path of a file or one of ' + ', '.join(sorted(files))))
+    config = Config.fromfile(str(path))
+    if cfg_options:
+        config.merge_from_dict(cfg_options)
+    used = _types(config.to_dict()) & {'ViM2', 'ViM2OptimWrapperConstructor', 'BFloat16OptimWrapper'}
+    imports = (config.get('custom_imports') or {}).get('imports') or []
+    if used and 'vim2.openmmlab' not in ([imports] if isinstance(imports, str) else imports):
+        raise ValueError(f"{path} uses {', '.join(sorted(used))} without importing it: write "
+                         "custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)")
+    return config
+
+
+def _types(config: Any) -> Set[str]:
+    """Everything that stands in the config as a type or a constructor."""
+    if isinstance(config, dict):
+        own = {v for k, v in config.items() if k in ('type', 'constructor') and isinstance(v, str)}
+        return own.union(*map(_types, config.values()))
+    if isinstance(config, (list, tuple)):
+        return set().union(*map(_types, config))
+    return set()
