@@ -32,7 +32,7 @@ __all__ = ['available_backends', 'cross_selective_scan', 'selective_scan']
 BACKENDS = ('reference', 'cpu', 'triton')
 BACKEND_ENV = 'VIM2_SCAN_BACKEND'
 # Steps between two saved states: the backward recomputes the states inside a chunk from the one at its start.
-CHUNK = 32
+CHUNK = 64
 _GPU_TYPES = ('cuda', 'xpu')  # ROCm's device type is 'cuda' too
 _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _warned = set()
