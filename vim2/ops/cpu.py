@@ -36,6 +36,7 @@ LOG2E = np.float32(1.4426950408889634)
 LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
+STEPS = 32  # steps of the forward's own, smaller chunks: its tiles share the L1 cache with what it reads and writes
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
@@ -296,7 +297,8 @@ def _forward(p, worker):
     width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
     dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
     groups = dim // width
-    chunks = (length + CHUNK - 1) // CHUNK
+    chunks = (length + STEPS - 1) // STEPS
+    every, saves = CHUNK // STEPS, (length + CHUNK - 1) // CHUNK
     u, delta, b_, c_, z, out = p + U, p + DELTA, p + B_, p + C_, p + Z, p + OUT
     per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
     part_blocks = (blocks + parts - 1) // parts
@@ -330,8 +332,8 @@ def _forward(p, worker):
             bias = load_i64(p + BIAS) + VBYTES * (k * blocks + first)
             _fill(h, (last - first) * states)
             for chunk in range(chunks):
-                steps = min(CHUNK, length - chunk * CHUNK)
-                _positions(p, direction, chunk * CHUNK, steps, rows, columns)
+                steps = min(STEPS, length - chunk * STEPS)
+                _positions(p, direction, chunk * STEPS, steps, rows, columns)
                 _offsets(u, rows, columns, steps, off_u)
                 _offsets(delta, rows, columns, steps, off_delta)
                 off_out = _offsets_like(out, u, off_u, rows, columns, steps, own_out)
@@ -353,9 +355,9 @@ def _forward(p, worker):
                             b_, _origin(b_, image, k, group // per_b, 0), off_b, steps, states, rows_b, identity_rows)
                         at_c, view_c = _view_rows(
                             c_, _origin(c_, image, k, group // per_c, 0), off_c, steps, states, rows_c, identity_rows)
-                    if load_i64(p + SAVED):
+                    if load_i64(p + SAVED) and chunk % every == 0:
                         saved = load_i64(p + SAVED) + VBYTES * states * (
-                            ((image * directions + k) * chunks + chunk) * blocks + block)
+                            ((image * directions + k) * saves + chunk // every) * blocks + block)
                         for n in range(states):
                             vstore(saved + VBYTES * n, vload(state + VBYTES * n))
                     at_u, view_u = _view_tile(
