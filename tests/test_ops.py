@@ -2,6 +2,7 @@
 
 The backend under test is the CPU's; VIM2_TEST_BACKEND names another one (tests/test_ops_triton.py does).
 """
+import functools
 import itertools
 import os
 import subprocess
@@ -142,6 +143,26 @@ def test_sequence_constant_projections(constant):
     compare(lambda *a, backend: selective_scan(*a, delta_softplus=True, backend=backend), inputs)
 
 
+def low_rank(inputs, rank=3):
+    """The inputs of a sequence or map with step sizes of low rank: delta's factor in its place, the other one last."""
+    g = torch.Generator().manual_seed(5)
+    delta = inputs[1]
+    axis = 1 if delta.dim() == 3 else 2
+    factor = torch.randn(*delta.shape[:axis], rank, *delta.shape[axis + 1:], generator=g, dtype=torch.float64)
+    weight = 0.5 * torch.randn(*delta.shape[1:axis + 1], rank, generator=g, dtype=torch.float64)
+    return [inputs[0], factor, *inputs[2:], weight]
+
+
+def scan_low_rank(scan, *inputs, backend):
+    """scan with step sizes of low rank; for the reference their product is formed here."""
+    *inputs, weight = inputs
+    if backend != 'reference':
+        return scan(*inputs, delta_softplus=True, delta_weight=weight, backend=backend)
+    equation = 'er,brl->bel' if weight.dim() == 2 else 'ker,bkrhw->bkehw'
+    inputs[1] = torch.einsum(equation, weight, inputs[1])
+    return scan(*inputs, delta_softplus=True, backend=backend)
+
+
 def _tokens_contiguous(leaves):
     return [t.transpose(1, 2).contiguous().transpose(1, 2) if t is not None and t.dim() == 3 else t for t in leaves]
 
@@ -186,6 +207,13 @@ def test_sequence_expanded():
     compare(fn, [u, delta, A[:1], B, C, D[:1], bias[:1]])
 
 
+@pytest.mark.parametrize('layout', [None, _tokens_contiguous, _strided])
+@pytest.mark.parametrize('rank', [1, 3])
+def test_sequence_low_rank(layout, rank):
+    compare(functools.partial(scan_low_rank, selective_scan),
+            low_rank(sequence_inputs(dim=20, length=70 if not INTERPRETED else 33, states=4), rank), layout=layout)
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('layout', [None, _tokens_contiguous])
 def test_sequence_half(dtype, layout):
@@ -224,6 +252,32 @@ def test_map_strides(layout):
                   map_inputs(dim=40, height=9, width=6), layout=layout)[0]
     if layout is _channels_last:
         assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('layout', [None, lambda leaves: [*_channels_last(leaves[:-1]), leaves[-1]]])
+@pytest.mark.parametrize('directions', [1, 4])
+def test_map_low_rank(layout, directions):
+    compare(functools.partial(scan_low_rank, cross_selective_scan), low_rank(map_inputs(dim=18, directions=directions)),
+            layout=layout)
+
+
+def test_low_rank_keeps_no_full_step_sizes():
+    """What autograd holds between forward and backward has R rows per direction, not E."""
+    leaves = [t.to(DEVICE, torch.float32).requires_grad_() for t in low_rank(map_inputs(dim=100, states=1), rank=2)]
+    x, delta = leaves[:2]
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = cross_selective_scan(*leaves[:-1], True, delta_weight=leaves[-1], backend=BACKEND)
+    given = {t.data_ptr() for t in leaves}
+    full = x.numel() * x.element_size() * delta.shape[1]
+    assert {t for t in given if t in saved} == given  # the factors and all else that is given
+    assert sum(size for address, size in saved.items() if address not in given) < full
+    assert out.grad_fn is not None
 
 
 def test_map_is_the_sum_of_sequences():
@@ -290,7 +344,7 @@ def test_written_out_backward_is_autograd():
 
 
 def canonical(inputs, dtype=torch.float32, requires_grad=True):
-    """Arguments of torch.ops.vim2.scan for the inputs of a map."""
+    """Arguments of torch.ops.vim2.scan for the inputs of a map, up to the backend."""
     x, delta, A, B, C, D, bias = (t.to(DEVICE, dtype).requires_grad_(requires_grad) for t in inputs)
     return (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, bias, True, [0, 1, 2, 3], True, True)
 
@@ -299,6 +353,9 @@ def canonical(inputs, dtype=torch.float32, requires_grad=True):
 def test_opcheck(backend):
     small = map_inputs(batch=1, dim=5, height=3, width=4, states=2)
     torch.library.opcheck(torch.ops.vim2.scan.default, (*canonical(small), backend))
+    *factors, weight = low_rank(small)
+    weight = weight.to(DEVICE, torch.float32).requires_grad_()
+    torch.library.opcheck(torch.ops.vim2.scan.default, (*canonical(factors), backend, weight))
     u, delta, A, B, C, D, z, bias = (t.to(DEVICE, torch.float32).requires_grad_()
                                      for t in sequence_inputs(batch=1, dim=5, length=6, states=2))
     torch.library.opcheck(torch.ops.vim2.scan.default, (
@@ -308,20 +365,27 @@ def test_opcheck(backend):
 
 @pytest.mark.parametrize('backend', ['reference', BACKEND])
 def test_opcheck_backward(backend):
-    args = canonical(map_inputs(batch=1, dim=5, height=3, width=4, states=2), requires_grad=False)
-    out, last, states = torch.ops.vim2.scan(*args, backend)
-    torch.library.opcheck(torch.ops.vim2.scan_backward.default, (
-        torch.randn_like(out), torch.randn_like(last), *args[:8], states, *args[8:10], backend))
+    small = map_inputs(batch=1, dim=5, height=3, width=4, states=2)
+    *factors, weight = low_rank(small)
+    for inputs, weights in ((small, ()), (factors, (weight.to(DEVICE, torch.float32),))):
+        args = canonical(inputs, requires_grad=False)
+        out, last, states = torch.ops.vim2.scan(*args, backend, *weights)
+        torch.library.opcheck(torch.ops.vim2.scan_backward.default, (
+            torch.randn_like(out), torch.randn_like(last), *args[:8], states, *args[8:10], backend, *weights))
 
 
 class _Scan(torch.nn.Module):
-    """Both scans in one module, as the layers call them."""
+    """Both scans in one module, as the layers call them: with step sizes of low rank, and without."""
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
                 C: torch.Tensor) -> torch.Tensor:
-        y = map_scan(x, delta, A, B, C, None, None, True)
+        weight = 0.5 * A[:, :, :2]
+        y = map_scan(x, delta[:, :, :2], A, B, C, None, None, True, delta_weight=weight)
+        y = map_scan(y, delta, A, B, C, None, None, True)
         z, _ = sequence_scan(y.flatten(2), delta[:, 0].flatten(2), A[0], B[:, 0].flatten(2), C[:, 0].flatten(2),
                              None, None, None, True, False, True)
+        z, _ = sequence_scan(z, delta[:, 0, :2].flatten(2), A[0], B[:, 0].flatten(2), C[:, 0].flatten(2),
+                             None, None, None, True, delta_weight=weight[0])
         return z
 
 
@@ -360,7 +424,8 @@ def test_torchscript(tensors):
     torch.testing.assert_close(scripted(*tensors), expected, rtol=0, atol=0)
     leaves = [t.clone().requires_grad_() for t in tensors]
     expected = torch.autograd.grad(_Scan()(*leaves).square().sum(), leaves)
-    torch.testing.assert_close(torch.autograd.grad(scripted(*leaves).square().sum(), leaves), expected, rtol=0, atol=0)
+    actual = torch.autograd.grad(scripted(*leaves).square().sum(), leaves)  # sums over the uses of a leaf, in any order
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fx(tensors):
@@ -372,6 +437,24 @@ def test_meta():
     inputs = [t.to('meta', torch.bfloat16) for t in map_inputs(dim=6)]
     out = cross_selective_scan(*inputs)
     assert out.shape == (2, 6, 5, 7) and out.device.type == 'meta' and out.dtype == torch.bfloat16
+
+
+def test_autocast_low_rank():
+    """The product of the factors has delta's dtype, as a projection under autocast would give it, in forward and
+    backward alike."""
+    leaves = [t.to(DEVICE, torch.float32) for t in low_rank(map_inputs(dim=6))]
+    leaves[1] = leaves[1].bfloat16()
+    leaves = [t.requires_grad_() for t in leaves]
+    *inputs, weight = leaves
+    full = torch.einsum('ker,bkrhw->bkehw', weight.bfloat16(), inputs[1])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = cross_selective_scan(*inputs, True, delta_weight=weight, backend=BACKEND)
+        expected = cross_selective_scan(inputs[0], full, *inputs[2:], True, backend=BACKEND)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)  # the product may be summed in another order
+    seed = torch.randn_like(out)
+    for leaf, a, b in zip(leaves, torch.autograd.grad(out, leaves, seed), torch.autograd.grad(expected, leaves, seed)):
+        assert a.dtype == leaf.dtype and a.shape == leaf.shape and relative_rmse(a, b) < 1e-2
 
 
 def test_autocast(tensors):
@@ -527,6 +610,7 @@ GOOD = dict(sequence_inputs=[t.float() for t in sequence_inputs(dim=6, length=5,
     (5, lambda t: t[:5], r'D must have shape \(6,\), got \(5,\)'),
     (6, lambda t: t[:1], r'z must have shape \(2, 6, 5\), got \(1, 6, 5\)'),
     (7, lambda t: t[:, None], r'delta_bias must have shape \(6,\), got \(6, 1\)'),
+    (1, lambda t: t[:, :3], r'delta must have shape \(2, 6, 5\), got \(2, 3, 5\)'),
 ])
 def test_bad_sequence(index, bad, message):
     inputs = list(GOOD['sequence_inputs'])
@@ -550,6 +634,17 @@ def test_bad_map(index, bad, message):
     inputs[index] = bad(inputs[index])
     with pytest.raises((ValueError, TypeError), match='cross_selective_scan: .*' + message):
         cross_selective_scan(*inputs)
+
+
+def test_bad_low_rank():
+    *inputs, weight = (t.float() for t in low_rank(sequence_inputs(dim=6, length=5, states=2)))
+    with pytest.raises(ValueError, match=r'delta_weight must have shape \(6, 3\), got \(5, 3\)'):
+        selective_scan(*inputs, delta_weight=weight[1:])
+    with pytest.raises(ValueError, match=r'delta_weight must be \(channels, rank\), got a tensor of shape \(6,\)'):
+        selective_scan(*inputs, delta_weight=weight[:, 0])
+    *inputs, weight = (t.float() for t in low_rank(map_inputs(dim=6, height=3, width=2, states=2)))
+    with pytest.raises(ValueError, match=r'delta must have shape \(2, 4, 2, 3, 2\), got \(2, 4, 3, 3, 2\)'):
+        cross_selective_scan(*inputs, delta_weight=weight[:, :, 1:])
 
 
 def test_backend_by_name(monkeypatch):

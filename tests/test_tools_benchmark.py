@@ -16,8 +16,10 @@ def test_scan(tool, monkeypatch):
     for r in report['results']:
         assert r['forward_ms'] > 0 and r['exp_ms'] > 0 and r['backward_ms'] > 0
         assert r['forward_over_exp'] > 0 and r['backward_over_forward'] > 0
+        assert r['whole_exp_ms'] > 0 and r['forward_over_whole_exp'] > 0
     assert report['machine']['threads'] >= 1
-    assert [w['forward_over_exp'] for w in report['worst']] == [r['forward_over_exp'] for r in report['results']]
+    for key in ('forward_over_exp', 'forward_over_whole_exp', 'backward_over_forward'):
+        assert [w[key] for w in report['worst']] == [r[key] for r in report['results']]
 
 
 def test_model(tool):
@@ -31,6 +33,18 @@ def test_model(tool):
     for r in (first, last):
         assert r['images_per_s'] > 0 and r['train_peak_mb'] >= r['forward_peak_mb'] >= 0
         assert r['train_peak_mb'] > 0  # measured in a process of its own, whose parent holds much more
+
+
+def test_parts(tool):
+    result = tool('benchmark', 'parts', 'test_vim2', '--json', '--batch-size', 1, '--repeats', 1)
+    assert result.code == 0, result.err
+    forward, train = json.loads(result.out)['results']
+    assert (forward['measure'], train['measure']) == ('forward', 'train')
+    for r in (forward, train):
+        assert r['ms'] == pytest.approx(sum(r['parts_ms'].values()))
+        for part in ('scan', 'matrix products', 'convolutions', 'normalisation', 'activations'):
+            assert r['parts_ms'][part] > 0, part
+    assert train['parts_ms']['optimizer'] > 0 == forward['parts_ms']['optimizer']
 
 
 def test_scaling(tool, tmp_path):

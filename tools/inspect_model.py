@@ -48,8 +48,9 @@ class _ScanRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.vim2.scan.default:
+            from vim2.ops.scan import expand_delta
             delta, bias, softplus = args[1], args[7], args[8]
-            delta = delta.detach().float()
+            delta = expand_delta(delta, args[13] if len(args) > 13 else None, args[0]).detach().float()
             if bias is not None:
                 delta = delta + bias.float()[:, :, None, None]
             self.steps[self.current].append(F.softplus(delta) if softplus else delta)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vim2.ops.scan import sequence_scan
 from .grid import average_pool_matrix, interpolate_matrix
+from .recompute import recomputed
 from .s6 import init_s6_
 
 __all__ = ['SelectiveChannelMixer']
@@ -139,7 +140,12 @@ class SelectiveChannelMixer(nn.Module):
                 reverse=s == 1)
             ys.append(y)
         y = ys[0] if self.num_scans == 1 else ys[0] + ys[1]
-        return self.out_proj(self.out_norm(y) * F.silu(gate)).unflatten(1, (H, W))
+        if torch.jit.is_scripting():
+            return self._output(y, gate).unflatten(1, (H, W))
+        return recomputed(self._output, y, gate).unflatten(1, (H, W))
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.out_proj(self.out_norm(y) * F.silu(gate))
 
     def extra_repr(self) -> str:
         return (f'd_state={self.d_state}, token_grid={self.token_grid}, dt_rank={self.dt_rank}, '

@@ -101,12 +101,11 @@ class S6(nn.Module):
         K, N, R = self.num_scans, self.d_state, self.dt_rank
         proj = F.linear(x, self.x_proj_weight.flatten(0, 1)).reshape(B, H, W, K, R + 2 * N)
         dt, Bs, Cs = proj.split([R, N, N], dim=-1)
-        delta = torch.bmm(dt.reshape(B * H * W, K, R).transpose(0, 1), self.dt_projs_weight.transpose(1, 2))
-        delta = delta.reshape(K, B, H, W, E).permute(1, 0, 4, 2, 3)
         A = -torch.exp(self.A_logs.float())
         y = map_scan(
-            x.permute(0, 3, 1, 2), delta, A.reshape(K, E, N), Bs.permute(0, 3, 4, 1, 2), Cs.permute(0, 3, 4, 1, 2),
-            self.Ds.reshape(K, E), self.dt_projs_bias, delta_softplus=True)
+            x.permute(0, 3, 1, 2), dt.permute(0, 3, 4, 1, 2), A.reshape(K, E, N), Bs.permute(0, 3, 4, 1, 2),
+            Cs.permute(0, 3, 4, 1, 2), self.Ds.reshape(K, E), self.dt_projs_bias, delta_softplus=True,
+            delta_weight=self.dt_projs_weight)
         return y.permute(0, 2, 3, 1)
 
     def scan(self, x: Tensor, direction: int = 0) -> Tensor:
@@ -121,12 +120,11 @@ class S6(nn.Module):
         """
         N, R, E = self.d_state, self.dt_rank, self.dim
         dt, B, C = F.linear(x, self.x_proj_weight[direction]).split([R, N, N], dim=-1)
-        delta = F.linear(dt, self.dt_projs_weight[direction])
         A = -torch.exp(self.A_logs[direction * E:(direction + 1) * E].float())
         y, _ = sequence_scan(
-            x.transpose(1, 2), delta.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2),
+            x.transpose(1, 2), dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2),
             D=self.Ds[direction * E:(direction + 1) * E], delta_bias=self.dt_projs_bias[direction],
-            delta_softplus=True, reverse=direction == 1)
+            delta_softplus=True, reverse=direction == 1, delta_weight=self.dt_projs_weight[direction])
         return y.transpose(1, 2)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .recompute import recomputed
 from .s6 import S6
 
 __all__ = ['SelectiveTokenMixer']
@@ -99,4 +100,9 @@ class SelectiveTokenMixer(nn.Module):
                 u = F.pad(branch, padding).unsqueeze(1).permute(0, 3, 1, 2)
                 u = F.conv2d(u, weight.unsqueeze(2), conv.bias, groups=self.inner_dim)
                 y = y + self.s6.scan(F.silu(u.permute(0, 2, 3, 1).squeeze(1)), i)
+        if torch.jit.is_scripting():
+            return self._output(y, gate)
+        return recomputed(self._output, y, gate)
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(y) * F.silu(gate))

@@ -10,9 +10,11 @@ Importing this module imports Numba; compiling takes seconds, once per machine (
 """
 import ctypes
 import functools
+import inspect
 import mmap
 import os
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import List, Optional, Tuple
 
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from numba import cfunc, njit, types
 from torch import Tensor
 
+from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
     F32, LANES, VBYTES, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64, transpose16,
@@ -33,6 +36,7 @@ LOG2E = np.float32(1.4426950408889634)
 LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
+STEPS = 32  # steps of the forward's own, smaller chunks: its tiles share the L1 cache with what it reads and writes
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
@@ -49,7 +53,8 @@ _AXES = {'b': STRIDE_B, 'k': STRIDE_K, 'g': STRIDE_G, 'e': STRIDE_E, 'n': STRIDE
          'p': STRIDE_PART}
 _DTYPES = {torch.float32: F32, torch.bfloat16: 1, torch.float16: 2}
 
-_jit = njit(error_model='numpy', cache=True)
+# Only the entry points are cached on disk, under a key that this module makes (see `_entries`).
+_jit = njit(error_model='numpy')
 
 
 @njit(inline='always')
@@ -292,7 +297,8 @@ def _forward(p, worker):
     width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
     dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
     groups = dim // width
-    chunks = (length + CHUNK - 1) // CHUNK
+    chunks = (length + STEPS - 1) // STEPS
+    every, saves = CHUNK // STEPS, (length + CHUNK - 1) // CHUNK
     u, delta, b_, c_, z, out = p + U, p + DELTA, p + B_, p + C_, p + Z, p + OUT
     per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
     part_blocks = (blocks + parts - 1) // parts
@@ -326,8 +332,8 @@ def _forward(p, worker):
             bias = load_i64(p + BIAS) + VBYTES * (k * blocks + first)
             _fill(h, (last - first) * states)
             for chunk in range(chunks):
-                steps = min(CHUNK, length - chunk * CHUNK)
-                _positions(p, direction, chunk * CHUNK, steps, rows, columns)
+                steps = min(STEPS, length - chunk * STEPS)
+                _positions(p, direction, chunk * STEPS, steps, rows, columns)
                 _offsets(u, rows, columns, steps, off_u)
                 _offsets(delta, rows, columns, steps, off_delta)
                 off_out = _offsets_like(out, u, off_u, rows, columns, steps, own_out)
@@ -349,9 +355,9 @@ def _forward(p, worker):
                             b_, _origin(b_, image, k, group // per_b, 0), off_b, steps, states, rows_b, identity_rows)
                         at_c, view_c = _view_rows(
                             c_, _origin(c_, image, k, group // per_c, 0), off_c, steps, states, rows_c, identity_rows)
-                    if load_i64(p + SAVED):
+                    if load_i64(p + SAVED) and chunk % every == 0:
                         saved = load_i64(p + SAVED) + VBYTES * states * (
-                            ((image * directions + k) * chunks + chunk) * blocks + block)
+                            ((image * directions + k) * saves + chunk // every) * blocks + block)
                         for n in range(states):
                             vstore(saved + VBYTES * n, vload(state + VBYTES * n))
                     at_u, view_u = _view_tile(
@@ -705,21 +711,34 @@ def _flush(p, part, image, k, group_b, group_c, off_b, off_c, steps, acc_b, acc_
         _flush_rows(tensor, origin, offsets, steps, states, acc)
 
 
-def _forward_entry(p):
-    _forward(p, fetch_add(p + NEXT_WORKER))
+@functools.lru_cache(maxsize=None)
+def _entries():
+    """The entry points, before they are compiled.
 
+    Numba takes a cached function for current if the file that defines it is unchanged. Here other files matter as well,
+    so the entry points are closures over a digest of them all: closed-over values are part of Numba's key.
+    """
+    source = inspect.getsource(sys.modules[__name__]) + inspect.getsource(simd) + f'CHUNK = {CHUNK}'
+    digest = zlib.crc32(source.encode()) | 1
 
-def _backward_entry(p):
-    _backward(p, fetch_add(p + NEXT_WORKER))
+    def forward_entry(p):
+        if digest:
+            _forward(p, fetch_add(p + NEXT_WORKER))
+
+    def backward_entry(p):
+        if digest:
+            _backward(p, fetch_add(p + NEXT_WORKER))
+
+    return dict(forward=forward_entry, backward=backward_entry)
 
 
 @functools.lru_cache(maxsize=None)
-def _compiled(entry):
+def _compiled(name: str):
     """An entry point in C's calling convention: torch's own OpenMP threads can call it, without Python.
 
     Compiled when it is first needed, so that who only runs models does not wait for the backward.
     """
-    return cfunc(types.void(types.int64), cache=True, error_model='numpy')(entry)
+    return cfunc(types.void(types.int64), cache=True, error_model='numpy')(_entries()[name])
 
 
 _ENTRY_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
@@ -752,9 +771,9 @@ _openmp = _find_openmp()
 _pools = {}
 
 
-def _run(entry, fields: np.ndarray, workers: int) -> None:
-    """Run an entry point on `workers` threads; each takes jobs until there are none left."""
-    entry, address = _compiled(entry), fields.ctypes.data
+def _run(name: str, fields: np.ndarray, workers: int) -> None:
+    """Run an entry point, 'forward' or 'backward', on `workers` threads; each takes jobs until there are none left."""
+    entry, address = _compiled(name), fields.ctypes.data
     if workers == 1:
         _ENTRY_TYPE(entry.address)(address)
     elif _openmp is not None:
@@ -890,7 +909,7 @@ def forward(
         _describe(fields, LAST, last, 'bken')
     if save_states:
         fields[SAVED // 8] = states.data_ptr()
-    _run(_forward_entry, fields, workers)
+    _run('forward', fields, workers)
     return out if out.dtype == u.dtype else torch.empty_like(u).copy_(out), last, states
 
 
@@ -919,7 +938,7 @@ def backward(
             (G_DELTA, grad_delta, 'bkehw'), (G_Z, grad_z, 'behw'), (G_A, grad_A, 'bken'), (G_B, grad_B, 'pbkgnhw'),
             (G_C, grad_C, 'pbkgnhw'), (G_D, grad_D, 'bke'), (G_BIAS, grad_bias, 'bke')):
         _describe(fields, slot, t, axes)
-    _run(_backward_entry, fields, workers)
+    _run('backward', fields, workers)
     summed = (grad_u, grad_delta, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), None if D is None else grad_D.sum(0),
               grad_z, None if delta_bias is None else grad_bias.sum(0))
     return tuple(

@@ -11,6 +11,9 @@ that direction's order, dt = softplus(delta + delta_bias) and g the group of cha
 
 A sequence is a map of height 1. B and C may be constant over the scan: (B, K, G, N, 1, 1). Arithmetic and states are
 float32 whatever the inputs' dtypes (float64 if the reference gets float64); out has u's dtype and layout.
+
+Step sizes of low rank R come as two factors, delta (B, K, R, H, W) and delta_weight (K, E, R). Their product is formed
+for the forward and again for the backward: what autograd keeps in between is R / E of it.
 """
 import importlib.util
 import math
@@ -29,7 +32,7 @@ __all__ = ['available_backends', 'cross_selective_scan', 'selective_scan']
 BACKENDS = ('reference', 'cpu', 'triton')
 BACKEND_ENV = 'VIM2_SCAN_BACKEND'
 # Steps between two saved states: the backward recomputes the states inside a chunk from the one at its start.
-CHUNK = 32
+CHUNK = 64
 _GPU_TYPES = ('cuda', 'xpu')  # ROCm's device type is 'cuda' too
 _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _warned = set()
@@ -96,6 +99,39 @@ def _backend_module(name: str):
     return triton_scan
 
 
+def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor) -> Tensor:
+    """The step sizes (B, K, E, H, W) of delta (B, K, R, H, W) and delta_weight (K, E, R), in delta's dtype.
+
+    Channels are contiguous if u's are, else positions are. Without a weight, delta is what it is.
+    """
+    if delta_weight is None:
+        return delta
+    batch, directions, rank, height, width = delta.shape
+    weight = delta_weight.to(delta.dtype)
+    with torch.autocast(delta.device.type, enabled=False):
+        if u.stride(1) == 1:
+            rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
+            full = torch.bmm(rows, weight.transpose(1, 2))
+            return full.reshape(directions, batch, height, width, -1).permute(1, 0, 4, 2, 3)
+        return torch.matmul(weight, delta.flatten(3)).unflatten(3, (height, width))
+
+
+def _contract_delta(grad: Tensor, delta: Tensor, delta_weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of both factors of :func:`expand_delta` from that of their product."""
+    batch, directions, rank, height, width = delta.shape
+    grad, weight = grad.to(delta.dtype), delta_weight.to(delta.dtype)
+    with torch.autocast(delta.device.type, enabled=False):
+        if grad.stride(2) == 1:
+            rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
+            grad = grad.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, -1)
+            grad_delta = torch.bmm(grad, weight).reshape(directions, batch, height, width, rank).permute(1, 0, 4, 2, 3)
+            grad_weight = torch.bmm(grad.transpose(1, 2), rows)
+        else:
+            grad_delta = torch.matmul(weight.transpose(1, 2), grad.flatten(3)).unflatten(3, (height, width))
+            grad_weight = torch.matmul(grad.flatten(3), delta.flatten(3).transpose(2, 3)).sum(0)
+    return torch.empty_like(delta).copy_(grad_delta), torch.empty_like(delta_weight).copy_(grad_weight)
+
+
 def _present(*tensors: Optional[Tensor]) -> List[Tensor]:
     return [t for t in tensors if t is not None]
 
@@ -105,8 +141,10 @@ def _scan(
         u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         D: Optional[Tensor], z: Optional[Tensor], delta_bias: Optional[Tensor],
         delta_softplus: bool, directions: List[int], want_last_state: bool, save_states: bool, backend: str,
+        delta_weight: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Returns out, the last states (B, K, E, N) or an empty tensor, and the backend's saved states or an empty one."""
+    delta = expand_delta(delta, delta_weight, u)
     name = _resolve(backend, _present(u, delta, A, B, C, D, z, delta_bias))
     if name == 'reference':
         out, last = scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions)
@@ -122,16 +160,22 @@ def _scan_backward(
         grad_out: Tensor, grad_last: Optional[Tensor],
         u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         D: Optional[Tensor], z: Optional[Tensor], delta_bias: Optional[Tensor], states: Tensor,
-        delta_softplus: bool, directions: List[int], backend: str,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias; an empty tensor for each that is absent."""
-    inputs = [u, delta, A, B, C, D, z, delta_bias]
+        delta_softplus: bool, directions: List[int], backend: str, delta_weight: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, delta_weight; an empty tensor for each that is absent."""
+    inputs = [u, expand_delta(delta, delta_weight, u), A, B, C, D, z, delta_bias]
     name = _resolve(backend, _present(*inputs))
     if name == 'reference':
         grads = scan_reference_backward(grad_out, grad_last, *inputs, delta_softplus, directions)
-        return tuple(u.new_empty(0) if t is None else torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads))
-    return _backend_module(name).backward(
-        grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, directions)
+        grads = [u.new_empty(0) if t is None else torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads)]
+    else:
+        grads = list(_backend_module(name).backward(
+            grad_out, grad_last, *inputs, states, delta_softplus, directions))
+    if delta_weight is None:
+        return (*grads, u.new_empty(0))
+    inputs.clear()  # the product of the factors is not needed for their gradients
+    grads[1], grad_weight = _contract_delta(grads[1], delta, delta_weight)
+    return (*grads, grad_weight)
 
 
 def channel_blocks(dim: int, groups_b: int, groups_c: int) -> Tuple[int, int, int]:
@@ -156,7 +200,8 @@ def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
 
 
 @_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last_state, save_states, backend):
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last_state, save_states, backend,
+      delta_weight=None):
     name = _resolve(backend, _present(u, delta, A, B, C, D, z, delta_bias))
     last = u.new_empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,),
                        dtype=arithmetic_dtype(u, delta, A, B, C, D, z, delta_bias))
@@ -167,19 +212,22 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last
 
 
 @_scan_backward.register_fake
-def _(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, directions, backend):
-    return tuple(u.new_empty(0) if t is None else torch.empty_like(t) for t in (u, delta, A, B, C, D, z, delta_bias))
+def _(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, directions, backend,
+      delta_weight=None):
+    return tuple(u.new_empty(0) if t is None else torch.empty_like(t)
+                 for t in (u, delta, A, B, C, D, z, delta_bias, delta_weight))
 
 
 def _setup_context(ctx, inputs, output):
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last_state, save_states, backend = inputs
-    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, output[2])
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last_state, save_states, backend, \
+        delta_weight = inputs
+    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, output[2], delta_weight)
     ctx.delta_softplus, ctx.directions, ctx.backend = delta_softplus, directions, backend
     ctx.want_last_state, ctx.save_states = want_last_state, save_states
 
 
 def _autograd_backward(ctx, grad_out, grad_last, grad_states):
-    u, delta, A, B, C, D, z, delta_bias, states = ctx.saved_tensors
+    u, delta, A, B, C, D, z, delta_bias, states, delta_weight = ctx.saved_tensors
     if not ctx.save_states:
         raise RuntimeError('vim2::scan was called with save_states=False: it cannot be differentiated')
     if not ctx.want_last_state:
@@ -188,9 +236,10 @@ def _autograd_backward(ctx, grad_out, grad_last, grad_states):
         grad_out = torch.zeros_like(u)
     grads = torch.ops.vim2.scan_backward(
         grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
-        ctx.delta_softplus, ctx.directions, ctx.backend)
-    given = (u, delta, A, B, C, D, z, delta_bias)
-    return tuple(None if t is None else g for t, g in zip(given, grads)) + (None,) * 5
+        ctx.delta_softplus, ctx.directions, ctx.backend, delta_weight)
+    given = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
+    grads = [None if t is None else g for t, g in zip(given, grads)]
+    return (*grads[:-1], None, None, None, None, None, grads[-1])
 
 
 _scan.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -239,7 +288,7 @@ def _check_rank(function: str, name: str, t: Tensor, ranks: List[int], layout: s
 
 @torch.jit.ignore
 def _check_sequence(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
-                    z: Optional[Tensor], delta_bias: Optional[Tensor]) -> None:
+                    z: Optional[Tensor], delta_bias: Optional[Tensor], delta_weight: Optional[Tensor]) -> None:
     f = 'selective_scan'
     _check_rank(f, 'u', u, [3], '(batch, channels, length)')
     _check_rank(f, 'A', A, [2], '(channels, states)')
@@ -255,14 +304,18 @@ def _check_sequence(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
         groups = t.shape[1] if t.dim() == 4 else 1
         return [[dim, states], [batch, states, length], [batch, groups, states, length]]
 
-    _check(f, [('u', u, [[batch, dim, length]]), ('delta', delta, [[batch, dim, length]]), ('A', A, [[dim, states]]),
+    rank = dim
+    if delta_weight is not None:
+        _check_rank(f, 'delta_weight', delta_weight, [2], '(channels, rank)')
+        rank = delta_weight.shape[1]
+    _check(f, [('u', u, [[batch, dim, length]]), ('delta', delta, [[batch, rank, length]]), ('A', A, [[dim, states]]),
                ('B', B, scanned(B)), ('C', C, scanned(C)), ('D', D, [[dim]]), ('z', z, [[batch, dim, length]]),
-               ('delta_bias', delta_bias, [[dim]])])
+               ('delta_bias', delta_bias, [[dim]]), ('delta_weight', delta_weight, [[dim, rank]])])
 
 
 @torch.jit.ignore
 def _check_map(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor],
-               delta_bias: Optional[Tensor]) -> None:
+               delta_bias: Optional[Tensor], delta_weight: Optional[Tensor]) -> None:
     f = 'cross_selective_scan'
     _check_rank(f, 'x', x, [4], '(batch, channels, height, width)')
     _check_rank(f, 'A', A, [3], '(directions, channels, states)')
@@ -270,10 +323,14 @@ def _check_map(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Opt
     directions, states = A.shape[0], A.shape[2]
     if directions > 4:
         raise ValueError(f'{f}: A has {directions} directions; there are at most 4')
-    scanned = [[batch, directions, states, height, width]]
-    _check(f, [('x', x, [[batch, dim, height, width]]), ('delta', delta, [[batch, directions, dim, height, width]]),
+    scanned, rank = [[batch, directions, states, height, width]], dim
+    if delta_weight is not None:
+        _check_rank(f, 'delta_weight', delta_weight, [3], '(directions, channels, rank)')
+        rank = delta_weight.shape[2]
+    _check(f, [('x', x, [[batch, dim, height, width]]), ('delta', delta, [[batch, directions, rank, height, width]]),
                ('A', A, [[directions, dim, states]]), ('B', B, scanned), ('C', C, scanned),
-               ('D', D, [[directions, dim]]), ('delta_bias', delta_bias, [[directions, dim]])])
+               ('D', D, [[directions, dim]]), ('delta_bias', delta_bias, [[directions, dim]]),
+               ('delta_weight', delta_weight, [[directions, dim, rank]])])
 
 
 def _as_scanned(t: Tensor, batch: int) -> Tensor:
@@ -301,21 +358,22 @@ def sequence_scan(
         return_last_state: bool = False,
         reverse: bool = False,
         backend: Optional[str] = None,
+        delta_weight: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """:func:`selective_scan`, scriptable; returns (out, last state), the latter empty unless asked for."""
     if not torch.jit.is_scripting():
         tensors = (u, delta, A, B, C, D, z, delta_bias)
-        if has_torch_function(tensors):
-            return handle_torch_function(sequence_scan, tensors, *tensors, delta_softplus, return_last_state, reverse,
-                                         backend)
-        _check_sequence(u, delta, A, B, C, D, z, delta_bias)
+        if has_torch_function((*tensors, delta_weight)):
+            return handle_torch_function(sequence_scan, (*tensors, delta_weight), *tensors, delta_softplus,
+                                         return_last_state, reverse, backend, delta_weight)
+        _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
     batch = u.shape[0]
     out, last, _ = torch.ops.vim2.scan(
         u.unsqueeze(2), delta.unsqueeze(1).unsqueeze(3), A.unsqueeze(0), _as_scanned(B, batch), _as_scanned(C, batch),
         None if D is None else D.unsqueeze(0), None if z is None else z.unsqueeze(2),
         None if delta_bias is None else delta_bias.unsqueeze(0), delta_softplus, [2 if reverse else 0],
-        return_last_state, _needs_grad([u, delta, A, B, C, D, z, delta_bias]),
-        'auto' if backend is None else backend)
+        return_last_state, _needs_grad([u, delta, A, B, C, D, z, delta_bias, delta_weight]),
+        'auto' if backend is None else backend, None if delta_weight is None else delta_weight.unsqueeze(0))
     return out.squeeze(2), last.squeeze(1) if return_last_state else last
 
 
@@ -329,17 +387,20 @@ def map_scan(
         delta_bias: Optional[Tensor] = None,
         delta_softplus: bool = False,
         backend: Optional[str] = None,
+        delta_weight: Optional[Tensor] = None,
 ) -> Tensor:
     """:func:`cross_selective_scan`, scriptable."""
     if not torch.jit.is_scripting():
         tensors = (x, delta, A, B, C, D, delta_bias)
-        if has_torch_function(tensors):
-            return handle_torch_function(map_scan, tensors, *tensors, delta_softplus, backend)
-        _check_map(x, delta, A, B, C, D, delta_bias)
+        if has_torch_function((*tensors, delta_weight)):
+            return handle_torch_function(map_scan, (*tensors, delta_weight), *tensors, delta_softplus, backend,
+                                         delta_weight)
+        _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
     directions = [0, 1, 2, 3]
     out, _, _ = torch.ops.vim2.scan(
         x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias, delta_softplus, directions[:A.shape[0]],
-        False, _needs_grad([x, delta, A, B, C, D, delta_bias]), 'auto' if backend is None else backend)
+        False, _needs_grad([x, delta, A, B, C, D, delta_bias, delta_weight]), 'auto' if backend is None else backend,
+        delta_weight)
     return out
 
 
@@ -356,6 +417,7 @@ def selective_scan(
         return_last_state: bool = False,
         *,
         reverse: bool = False,
+        delta_weight: Optional[Tensor] = None,
         backend: Optional[str] = None,
 ):
     """Selective scan (S6) along a sequence: a drop-in for mamba_ssm's `selective_scan_fn` with real A.
@@ -374,6 +436,8 @@ def selective_scan(
         delta_softplus: apply softplus to the step sizes. Default: False.
         return_last_state: also return the state after the last step, (B, D, N) in float32. It is differentiable.
         reverse: scan from the last step to the first. Default: False.
+        delta_weight: (D, R). Step sizes of low rank: delta is then (B, R, L), and `delta_weight @ delta` is formed
+            inside, in delta's dtype; it is not kept for the backward. Default: none.
         backend: 'reference', 'cpu' or 'triton'; default: the environment's VIM2_SCAN_BACKEND, else by device.
 
     Returns:
@@ -384,7 +448,7 @@ def selective_scan(
         RuntimeError: the backend that was asked for by name cannot run here.
     """
     out, last = sequence_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse, backend)
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse, backend, delta_weight)
     return (out, last) if return_last_state else out
 
 
@@ -398,6 +462,7 @@ def cross_selective_scan(
         delta_bias: Optional[Tensor] = None,
         delta_softplus: bool = False,
         *,
+        delta_weight: Optional[Tensor] = None,
         backend: Optional[str] = None,
 ) -> Tensor:
     """Selective scans over a map in K orders at once, summed (paper section 4; VMamba's cross-scan and cross-merge).
@@ -414,6 +479,8 @@ def cross_selective_scan(
         D: skip connections, (K, E). Default: none.
         delta_bias: added to delta before the softplus, (K, E). Default: none.
         delta_softplus: apply softplus to the step sizes. Default: False.
+        delta_weight: (K, E, R). Step sizes of low rank: delta is then (B, K, R, H, W), and `delta_weight @ delta` is
+            formed inside, in delta's dtype; it is not kept for the backward. Default: none.
         backend: 'reference', 'cpu' or 'triton'; default: the environment's VIM2_SCAN_BACKEND, else by device.
 
     Returns:
@@ -423,4 +490,4 @@ def cross_selective_scan(
         ValueError, TypeError: a tensor of a wrong rank, shape, dtype or device, or an unknown backend.
         RuntimeError: the backend that was asked for by name cannot run here.
     """
-    return map_scan(x, delta, A, B, C, D, delta_bias, delta_softplus, backend)
+    return map_scan(x, delta, A, B, C, D, delta_bias, delta_softplus, backend, delta_weight)
