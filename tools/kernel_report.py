@@ -111,9 +111,9 @@ def inputs(shape: Shape, dtype: torch.dtype, time_contiguous=False, gate=False, 
             weights(k, e))
 
 
-def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = None, processors: int = 132, last=False,
-           training=True, device='meta', **layout) -> List[Launch]:
-    """The launches of one forward and, if training, one backward."""
+def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = None, gpu: Optional[GPU] = None,
+           last=False, training=True, device='meta', **layout) -> List[Launch]:
+    """The launches of one forward and, if training, one backward; without a plan, the one for that GPU (an H100)."""
     launches = []
 
     def launch(kernel, programs, *args, **constants):
@@ -131,7 +131,8 @@ def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = 
     data = inputs(shape, dtype, device=device, **layout)
     if plan is None:
         plan = triton_scan.make_plan(shape.batch, shape.directions, shape.channels, shape.height * shape.width,
-                                     processors)
+                                     triton_scan.Device((gpu or GPUS[1]).processors, (gpu or GPUS[1]).cache),
+                                     data[0].element_size())
     directions = list(range(shape.directions))
     original, triton_scan._launch = triton_scan._launch, launch
     try:
@@ -167,7 +168,7 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
     if launch.kernel == 'merge_parts':
         n = a['n_elements']
         return {'parts': (n * a['n_parts'] * 4,) * 2, 'out': (n * size['out'],) * 2}
-    K, E, N, L, blocks, chunks = a['K'], a['E'], a['N'], a.get('L'), a['n_blocks'], a['n_chunks']
+    K, E, N, L, blocks, chunks = a['K'], a['E'], a['N'], a.get('L'), a['n_blocks'], a.get('n_chunks', 1)
     weights = {'A': E * N, 'D': E if c.get('HAS_D') else 0, 'bias': E if c.get('HAS_BIAS') else 0}
     out: Dict[str, List[int]] = collections.defaultdict(lambda: [0, 0])
 
@@ -184,7 +185,26 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
             add('initial', images * K * E * N, images * K * E * N)
         return {k: tuple(v) for k, v in out.items()}
 
-    T, chunk = c['T'], a['chunk']
+    T, chunk = c['T'], a.get('chunk')
+    if launch.kernel == 'scan_together':
+        images, steps = a['n_tasks'] // blocks, -(-L // T) * T
+        for name, distinct in (('u', 1), ('delta', K)):
+            add(name, images * K * steps * E, images * distinct * L * E)
+        for name, per in (('B', 'per_b'), ('C', 'per_c')):
+            add(name, images * K * blocks * steps * N, images * K * (E // a[per]) * N * L)
+        for name, n in weights.items():
+            add(name, images * K * n, K * n)
+        # Each program's own sums: zeroed, added to by K directions, read. What must reach memory is one writing back.
+        add('acc', images * (2 + 2 * K) * L * E, launch.programs * L * c['BE'])
+        add('out', images * L * E, images * L * E)
+        if c['HAS_Z']:
+            add('z', images * L * E, images * L * E)
+        if c['SAVE_STATES']:
+            kept = images * K * ((L - 1) // c['SAVE']) * E * N
+            add('states', kept, kept)
+        if c['WANT_LAST']:
+            add('last', images * K * E * N, images * K * E * N)
+        return {k: tuple(v) for k, v in out.items() if v[0]}
     spans = [(max(i * chunk - a['pad'], 0), min((i + 1) * chunk - a['pad'], L)) for i in range(chunks)]
     if launch.kernel == 'chunk_summary':
         images = launch.programs // (K * chunks * blocks)
@@ -221,12 +241,13 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
         if c['HAS_START']:
             add('start', images * K * chunks * E * N, images * K * chunks * E * N)
         if c['SAVE_STATES']:
-            add('states', images * K * -(-(L + a['pad']) // c['SAVE']) * E * N, images * K * a['n_saved'] * E * N)
+            kept = images * K * ((L + a['pad'] - 1) // c['SAVE']) * E * N  # all but the first, which is zero
+            add('states', kept, kept)
         if c['WANT_LAST']:
             add('last', images * K * E * N, images * K * E * N)
     else:
-        images, BB = a['n_batch'], c['BB']
-        SAVE, PART = c['SAVE'], c['PART']
+        images, BB, KM = a['n_batch'], a['BB'], c['KM']
+        SAVE, PART, width = c['SAVE'], c['PART'], c['CR'] * c['CW'] * c['CL']
         adjoint = recomputed = segments = kept = 0
         for lo, hi in spans:
             for segment in range((lo + a['pad']) // SAVE, (hi + a['pad'] - 1) // SAVE + 1):
@@ -252,47 +273,70 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
         if c['HAS_Z']:
             add('z', images * K * adjoint * E, images * L * E)
             add('grad_z', images * K * adjoint * E, images * L * E)
-        add('grad_u', images * K * adjoint * E, images * a['KS'] * L * E)
+        add('grad_u', images * (K // KM) * adjoint * E, images * a['KS'] * L * E)
+        if KM > 1:  # the program's own sums; what must reach memory is one writing back
+            add('acc', 2 * images * (KM - 1) * adjoint * E, launch.programs * L * width)
         add('scratch', 2 * images * K * kept * E * N,
-            K * min(kept, SAVE // PART) * E * N * -(-images // BB))
-        add('states', images * K * segments * E * N, images * K * a['n_saved'] * E * N)
+            K // KM * min(kept, SAVE // PART) * E * N * -(-images // BB))
+        add('states', images * K * (segments - 1) * E * N, images * K * (segments - 1) * E * N)
         if c['HAS_END']:
             add('end', images * chunks * K * E * N, images * chunks * K * E * N)
         sums = -(-images // BB) * chunks * K
         for name, n in (('A', E * N), ('D', weights['D']), ('bias', weights['bias'])):
-            add(name, sums * n, K * n)
-            add(f'grad_{name}', sums * n, sums * n)
+            add(name, sums * BB * n, K * n)
+            add(f'grad_{name}', sums * (2 * BB - 1) * n, sums * n)  # read, but for the first image, and written
     return {k: tuple(v) for k, v in out.items() if v[0]}
 
 
-def reuse_fits(launch: Launch, gpu: GPU, registers: int = 168) -> bool:
-    """Whether what all resident programs touch in one direction stays in the last-level cache until the next
-    direction."""
+def reused(launch: Launch, gpu: GPU, registers: int = 168) -> Tuple[str, ...]:
+    """The maps that several directions read or add to, and that stay in the last-level cache in between.
+
+    Directions in turn, or side by side, go over the same map within the time that a program takes for its scans: what
+    all resident programs touch must stay in the cache for so long.
+    """
     a, c = launch.arguments, launch.constants
-    if c.get('KM', 1) == 1:
-        return False
     width = c['BE'] if 'BE' in c else c['CR'] * c['CW'] * c['CL']
-    resident = min(launch.programs, gpu.processors * (65536 // registers // (32 * launch.warps)))
-    per_position = sum(a[name].element_size() for name in ('u', 'delta', 'acc'))
-    return resident * width * a['L'] * per_position <= 0.8 * gpu.cache
+    if launch.kernel == 'scan_backward':
+        registers = 255
+    resident = min(launch.programs, gpu.processors * max(1, 65536 // registers // (32 * launch.warps)))
+    maps = ('u', 'acc') if launch.kernel != 'scan_backward' else ('u', 'grad_out', 'acc')
+    if a.get('KS', 1) > 1:  # side by side: the programs of a block share its maps, each has its own sums
+        resident, maps = resident / a['KS'], maps[:-1]
+    span = a['L'] if a.get('n_chunks', 1) == 1 else min(a['L'], a['chunk'] * a['n_chunks'])
+    per_position = sum(a[name].element_size() for name in maps)
+    if launch.kernel == 'scan_forward' and c['KM'] > 1:
+        per_position += a['delta'].element_size()  # streams through, as much of it as of u in each direction
+    if a.get('n_chunks', 1) > 1:  # all chunks of an image are resident together before the first one ends
+        resident /= a['n_chunks']
+    footprint = max(resident * width, min(width, a['E'])) * span * per_position
+    return maps if footprint <= triton_scan.CACHE_SHARE * gpu.cache else ()
 
 
 def memory_bytes(launch: Launch, gpu: GPU) -> int:
     """Bytes through device memory: neighbouring programs share B and C in the cache; a map that K directions read one
-    after the other, or accumulate into, is read again from memory unless it fits the cache."""
-    fits, total = reuse_fits(launch, gpu), 0
-    for name, (_, once) in requested_bytes(launch).items():
-        again = (name in ('u', 'acc', 'grad_out', 'z') and not fits
-                 and launch.kernel in ('scan_forward', 'scan_backward'))
-        if again:
-            passes = launch.constants['KM'] - 1 if name == 'acc' else launch.arguments['K']
-            size = launch.arguments[name].element_size() * (2 if name == 'acc' else 1)
-            positions = launch.arguments['n_batch'] if 'n_batch' in launch.arguments else (
-                launch.programs // math.prod(launch.arguments[name] for name in ('KS', 'n_chunks', 'n_blocks')))
-            total += passes * size * positions * launch.arguments['L'] * launch.arguments['E']
-        else:
-            total += once
-    return total
+    after the other, or add to, is read again from memory unless it fits the cache."""
+    return sum(tensor_bytes(launch, gpu).values())
+
+
+def tensor_bytes(launch: Launch, gpu: GPU) -> Dict[str, int]:
+    """`memory_bytes` by tensor."""
+    a, c = launch.arguments, launch.constants
+    counted = {name: once for name, (_, once) in requested_bytes(launch).items()}
+    scans = ('scan_forward', 'scan_together', 'scan_backward')
+    if launch.kernel not in scans or a['K'] == 1:
+        return counted
+    kept = reused(launch, gpu)
+    images = a['n_batch'] if 'n_batch' in a else a['n_tasks'] // a['n_blocks'] if 'n_tasks' in a else (
+        launch.programs // math.prod(a[name] for name in ('KS', 'n_chunks', 'n_blocks')))
+    for name in ('u', 'z', 'grad_out'):
+        if name in counted and name not in kept and not (name == 'z' and launch.kernel == 'scan_together'):
+            counted[name] *= a['K']
+    if 'acc' in counted and 'acc' not in kept:
+        # Directions in turn read it K - 1 times and write it as often; in lockstep each direction does both, and it is
+        # zeroed and read.
+        passes = 2 * a['K'] + 2 if launch.kernel == 'scan_together' else 2 * (c['KM'] - 1)
+        counted['acc'] = passes * 4 * images * a['L'] * a['E']
+    return counted
 
 
 # Machine code --------------------------------------------------------------------------------------------------------
@@ -448,7 +492,8 @@ def variants() -> Dict[str, List[Launch]]:
         out[f'time-odd-{name}'] = record(short, dtype, Plan(True, 256), time_contiguous=True, gate=True)
         out[f'chunked-{name}'] = record(sequence, dtype, Plan(True, 128))
         out[f'constant-{name}'] = record(sequence, dtype, Plan(True, 256), constant=True)
-        out[f'map-{name}'] = record(image, dtype, Plan(True, 256, 2))
+        out[f'map-{name}'] = record(image, dtype, Plan(True, 256, 2, together=2, turns=True), last=True)
+        out[f'map-turn-{name}'] = record(image, dtype, Plan(True, 256, 2), training=False)
         out[f'map-apart-{name}'] = record(image, dtype, Plan(False, 256))
         out[f'ragged-{name}'] = record(Shape(2, 100, 1, 256, 12), dtype, Plan(True, 256))
     for n in (1, 4, 32, 64):
@@ -508,8 +553,8 @@ def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, o
     for label, shape in SHAPES.items():
         steps = shape.batch * shape.channels * shape.height * shape.width * shape.directions
         for gpu in GPUS:
-            launches = record(shape, dtype, processors=gpu.processors, time_contiguous=label.startswith('channel'))
-            split = next(i for i, l in enumerate(launches) if l.kernel == 'scan_forward') + 1
+            launches = record(shape, dtype, gpu=gpu, time_contiguous=label.startswith('channel'))
+            split = next(i for i, l in enumerate(launches) if l.kernel in ('scan_forward', 'scan_together')) + 1
             while split < len(launches) and launches[split].kernel == 'merge_parts':
                 split += 1
             for backward, group in ((False, launches[:split]), (True, launches[split:])):

@@ -57,34 +57,64 @@ class Plan:
     """How the work is cut.
 
     Args:
-        merge: a program of the forward scans all K directions in turn and adds them up; else, and always in the
-            backward, each direction is a program of its own, which writes its own float32 part, and a second kernel
-            adds the parts up.
+        merge: a program of the forward scans all K directions in turn and adds them up; else each direction is a
+            program of its own, which writes its own float32 part, and a second kernel adds the parts up.
         chunk: steps of scan time per program, a multiple of SAVE; a scan of several chunks takes a pass before the main
             one that finds what enters each chunk.
         batch: images per program of the backward: the partial sums of A's gradient are written once per program.
+        together: programs of a forward that runs all directions of a block of channels in lockstep and adds them up in
+            a scratch in the cache, used again image after image; 0: the forward is as `merge` says.
+        turns: a program of the backward takes all K directions in turn and adds up the gradient of u in a scratch in
+            the cache; else each direction is a program of its own.
+        width: channels per program of the forward; 0: as many of 32, 64, 128 as divide the channels of a group.
+        warps: warps per program of the backward, each of 8 or 16 channels; 0: by the channels of a group.
     """
     merge: bool
     chunk: int
     batch: int = 1
+    together: int = 0
+    turns: bool = False
+    width: int = 0
+    warps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a plan depends on: multiprocessors and bytes of the last-level cache."""
+    processors: int
+    cache: int
+
+
+# Infinity Cache, which PyTorch does not report: what it calls the L2 cache are 4 MB per chiplet.
+_CACHES = {'gfx942': 256 << 20, 'gfx950': 256 << 20}
 
 
 @functools.lru_cache(maxsize=None)
-def _processors(device: torch.device) -> int:
+def _device(device: torch.device) -> Device:
     if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        arch = getattr(properties, 'gcnArchName', '').split(':')[0]
+        return Device(properties.multi_processor_count, _CACHES.get(arch, properties.L2_cache_size))
     if device.type == 'xpu':
-        return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 1
+        properties = torch.xpu.get_device_properties(device)
+        return Device(properties.gpu_subslice_count, getattr(properties, 'last_level_cache_size', 16 << 20))
+    return Device(1, 32 << 20)
 
 
-def make_plan(batch: int, directions: int, channels: int, length: int, processors: int) -> Plan:
-    """The plan for a shape on a device with that many multiprocessors.
+TOGETHER = 32    # channels per program of the forward with the directions in lockstep: a warp per direction
+# Of the last-level cache, what the maps that are read or added to more than once may take: the rest is for what streams
+# through it.
+CACHE_SHARE = 0.8
 
-    Directions are merged where images x channels alone fill the device, kept apart where they do not, and the scan is
-    chunked only if even the directions apart leave most of it idle: a chunked scan computes every decay twice.
+
+def make_plan(batch: int, directions: int, channels: int, length: int, device: Device, size: int = 2) -> Plan:
+    """The plan for a shape on a device, with `size` bytes per element of u.
+
+    Directions share one program where images x channels fill the device and the maps in flight fit its cache; they are
+    apart where they do not, and the scan is chunked only if even the directions apart leave most of the device idle: a
+    chunked scan computes every decay twice.
     """
-    want = LANES_PER_PROCESSOR * processors
+    want = LANES_PER_PROCESSOR * device.processors
     lanes = batch * channels
     merge = directions == 1 or 2 * lanes >= want
     if not merge:
@@ -94,16 +124,28 @@ def make_plan(batch: int, directions: int, channels: int, length: int, processor
         chunks = min(-(-want // lanes), length // (2 * SAVE))
         chunk = -(-length // (chunks * SAVE)) * SAVE
         merge = directions == 1
+    together, turns, chunked = 0, False, chunk < length
+    share = CACHE_SHARE * device.cache
+    if directions > 1 and not chunked:
+        # Programs per multiprocessor: 12 warps, fewer if their maps, u and a float32 sum, would not fit.
+        per_program = TOGETHER * length * (size + 4)
+        resident = min(12 // directions, int(share // (device.processors * per_program)))
+        together = min(resident * device.processors, batch * -(-channels // TOGETHER))
     # Short scans: A's gradient is one write of N floats per program and channel, so let a program take several images.
     images = max(1, min(batch, 512 // max(length, 1)))
     while images > 1 and batch * channels * directions // images < want:
         images //= 2
-    return Plan(merge, chunk, images)
+    # The backward has about 8 warps per multiprocessor, of 16 channels each.
+    slots = 128 * device.processors
+    if (directions > 1 and not chunked and batch * channels >= slots
+            and slots * length * (2 * size + 4) <= share):
+        turns, images = True, min(batch, -(-batch * channels // slots))
+    return Plan(merge, chunk, images, together, turns)
 
 
 def _plan(u: Tensor, directions: int) -> Plan:
     batch, channels, height, width = u.shape
-    return make_plan(batch, directions, channels, height * width, _processors(u.device))
+    return make_plan(batch, directions, channels, height * width, _device(u.device), u.element_size())
 
 
 def _power_of_two(n: int) -> int:
@@ -139,14 +181,17 @@ class _Scan:
         self.K, self.N, self.L = len(directions), A.shape[2], u.shape[2] * u.shape[3]
         self.NP = _power_of_two(self.N)
         self.codes = sum(code << (2 * k) for k, code in enumerate(directions))
-        if self.plan.chunk % SAVE:
-            raise ValueError(f'the chunk must be a multiple of {SAVE}, got {self.plan.chunk}')
+        if self.plan.chunk % SAVE or self.plan.chunk < 1:
+            raise ValueError(f'the chunk must be a positive multiple of {SAVE}, got {self.plan.chunk}')
         # A tensor (..., 1, 1) over a longer scan is constant: loaded once, and its gradient summed over the scan.
         self.b_const, self.c_const = (t.shape[-2:] != u.shape[-2:] or self.L == 1 for t in (B, C))
         groups = [t.shape[2] for t, const in ((B, self.b_const), (C, self.c_const)) if not const]
         self.groups = math.lcm(*groups) if groups else 1
         self.width = self.E // self.groups
         self.n_chunks = -(-self.L // self.plan.chunk)
+        if self.n_chunks > 1 and self.K > 1 and (self.plan.merge or self.plan.together or self.plan.turns):
+            raise ValueError(f'directions cannot share a program where the scan of {self.L} steps is cut into chunks of '
+                             f'{self.plan.chunk}')
         # Sequences with time contiguous in memory are read as tiles of a few steps.
         self.T = 8 if u.element_size() == 2 and self.NP <= 16 else 4
         self.time_vector = 0
@@ -222,6 +267,8 @@ def _add_up(parts: Tensor, out: Tensor, count: int) -> None:
 
 def _width(scan: '_Scan') -> Tuple[int, int]:
     """Channels per program and warps of the kernels that keep a channel per lane."""
+    if scan.plan.width:
+        return scan.plan.width, max(1, scan.plan.width // 32)
     width = 32
     while width < 128 and 2 * width <= scan.width and scan.width % (2 * width) == 0:
         width *= 2
@@ -258,6 +305,28 @@ def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Ten
     return ends
 
 
+def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
+    """The forward of K > 1 directions in lockstep, in a few programs that each take image after image."""
+    u, B, C, D, z = scan.u, scan.B, scan.C, scan.D, scan.z
+    per_group, n_blocks = scan.blocks(TOGETHER)
+    tasks = scan.batch * n_blocks
+    programs = min(scan.plan.together, tasks)
+    directions = _power_of_two(scan.K)
+    sums = u.new_empty((programs, scan.L, TOGETHER), dtype=torch.float32)
+    flags = {k: v for k, v in scan.flags.items() if not k.endswith('_CONST')}
+    _launch(
+        'scan_together', programs,
+        u, scan.delta, scan.A, B, C, u if D is None else D, u if z is None else z, u if scan.bias is None else scan.bias,
+        sums, out, last, states,
+        scan.E, scan.N, scan.H, scan.W, scan.L, tasks, n_blocks, per_group, scan.width,
+        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE),
+        **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
+        KP=directions, NP=scan.NP, BE=TOGETHER, T=scan.T, R=16, SAVE=SAVE,
+        B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None,
+        WANT_LAST=last.numel() > 0, SAVE_STATES=states.numel() > 0, UNIT_E=scan.unit_e and out.stride(1) == 1,
+        INDEX64=scan.index64(out), **flags, num_warps=directions)
+
+
 def forward(
         u: Tensor,
         delta: Tensor,
@@ -285,6 +354,9 @@ def forward(
     # An operator may not return one tensor twice: an empty one each.
     last = u.new_empty((scan.batch, scan.K, scan.E, scan.N) if want_last_state else (0,), dtype=torch.float32)
     states = u.new_empty(states_shape(u, A, B, C) if save_states else (0,), dtype=torch.float32)
+    if scan.plan.together and scan.K > 1 and not (scan.b_const or scan.c_const):
+        _together(scan, out, last, states)
+        return out, last, states
     start = _chunk_states(scan, u, False, None) if scan.n_chunks > 1 else None
 
     merged = scan.K == 1 or scan.plan.merge
@@ -326,9 +398,12 @@ def _backward_layout(scan: '_Scan') -> Dict[str, int]:
     lanes = min(scan.NP, 4 if scan.NP <= 16 else 8)
     registers = scan.NP // lanes
     per_lane = 2 if registers <= 4 else 1
-    warps = 4
-    while warps > 1 and warps * per_lane * (32 // lanes) > scan.width:
-        warps //= 2
+    warps, span = scan.plan.warps, per_lane * (32 // lanes)
+    if not warps:
+        # Fewer programs along the channels write fewer partial sums of the gradients of B and C.
+        warps = 8 if -(-scan.width // (8 * span)) * 2 == -(-scan.width // (4 * span)) else 4
+        while warps > 1 and warps * span > scan.width:
+            warps //= 2
     return dict(NR=registers, NL=lanes, CR=per_lane, CW=warps, CL=32 // lanes, T=4, PART=PART)
 
 
@@ -370,7 +445,8 @@ def backward(
     elif end is not None:
         end = end.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
 
-    apart = scan.K > 1
+    turns = scan.plan.turns and scan.K > 1
+    apart = scan.K > 1 and not turns
     grad_u, grad_delta = _like(u), _like(delta)
     parts_u = _parts(grad_u, scan.K) if apart else grad_u
     layout = _backward_layout(scan)
@@ -391,8 +467,9 @@ def backward(
     sum_A = u.new_empty(sums + (scan.N, scan.E), dtype=torch.float32)
     sum_D = u.new_empty(sums + (scan.E,) if D is not None else (0,), dtype=torch.float32)
     sum_bias = u.new_empty(sums + (scan.E,) if delta_bias is not None else (0,), dtype=torch.float32)
-    programs = b_blocks * scan.K * scan.n_chunks * n_blocks
+    programs = b_blocks * (1 if turns else scan.K) * scan.n_chunks * n_blocks
     scratch = u.new_empty((programs, SAVE // PART, scan.N, width), dtype=torch.float32)
+    acc = u.new_empty((programs, scan.L, width) if turns else (0,), dtype=torch.float32)
     unit = scan.unit_e and all(t is None or t.stride(d) == 1 for t, d in (
         (grad_out, 1), (grad_u, 1), (grad_delta, 2), (grad_z if z is not None else None, 1)))
     _launch(
@@ -400,16 +477,16 @@ def backward(
         grad_out, u, delta, A, B, C, u if D is None else D, u if z is None else z,
         u if delta_bias is None else delta_bias,
         states, states if end is None else end,
-        parts_u, grad_delta, sum_A, parts_B, parts_C, sum_D, sum_bias, grad_u if z is None else grad_z, scratch,
+        parts_u, grad_delta, sum_A, parts_B, parts_C, sum_D, sum_bias, grad_u if z is None else grad_z, scratch, acc,
         scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
         scan.width,
-        scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K, scan.K,
-        scan.codes,
+        scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
+        1 if turns else scan.K, scan.codes, images,
         scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE),
         width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
-        BB=images, **layout, SAVE=SAVE,
+        KM=scan.K if turns else 1, **layout, SAVE=SAVE,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
         HAS_D=D is not None, HAS_END=end is not None, UNIT_E=unit, EVEN_E=scan.width % width == 0,
         INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
