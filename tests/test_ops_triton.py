@@ -243,3 +243,113 @@ def test_plans():
     for args in ((1, 1, 1, 1, gpu), (3, 2, 17, 131, Device(1, 1 << 20)), (1, 4, 96, 50176, Device(304, 256 << 20))):
         plan = make_plan(*args)
         assert isinstance(plan, Plan) and plan.chunk % SAVE == 0 and 1 <= plan.batch <= args[0]
+
+
+def test_autotuning_picks_the_fastest_once(monkeypatch):
+    import torch
+
+    from vim2.ops import triton_scan
+    monkeypatch.setattr(triton_scan, '_tuned', {})
+    monkeypatch.setattr(triton_scan, '_device', lambda device: triton_scan.Device(132, 50 << 20))
+    u, A, B = torch.empty(128, 768, 14, 14, device='meta'), torch.empty(4, 768, 16), torch.empty(128, 4, 1, 16, 14, 14)
+    tried = []
+
+    def seconds(run, device):
+        plan = run()
+        tried.append(plan)
+        if plan.merge and not plan.together:
+            raise torch.OutOfMemoryError
+        return 1.0 if plan.together else 0.5
+
+    def choose(u, backward=False):
+        return triton_scan.tuned_plan(lambda plan: plan, u, A, B, [0, 1, 2, 3], False, backward, seconds)
+
+    first = choose(u)
+    assert len(tried) == 3 and not (first.together or first.merge)
+    assert choose(u) == first and choose(u[:100]).together == 0 and len(tried) == 3  # 100 and 128 images share a choice
+    assert choose(u[:, :, :7, :7]) != first and len(tried) == 6
+    choose(u, backward=True)
+    assert len(tried) == 9 and len({(p.warps, p.turns) for p in tried[6:]}) == 3
+    for plan in (triton_scan.make_plan(8, 1, 2048, 2048, triton_scan.Device(132, 50 << 20)), first):
+        for backward in (False, True):
+            grid = triton_scan.plan_grid(plan, 2048, 1, 2048, backward)
+            assert grid[0] == {} and len(grid) <= 4
+
+
+def test_where_autotuning_is_off(monkeypatch):
+    import torch
+
+    from vim2.ops import triton_scan
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.delenv(triton_scan.AUTOTUNE_ENV, raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    with torch._subclasses.FakeTensorMode():
+        u, small = torch.empty(128, 768, 14, 14, device='cuda'), torch.empty(1, 8, 14, 14, device='cuda')
+    assert triton_scan.autotuning(u, 4) and not triton_scan.autotuning(small, 4)
+    assert not triton_scan.autotuning(torch.empty(128, 768, 14, 14, device='meta'), 4)
+    with triton_scan.traced():
+        assert not triton_scan.autotuning(u, 4)
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+        assert not triton_scan.autotuning(u, 4)
+    with monkeypatch.context() as m:
+        m.setenv(triton_scan.AUTOTUNE_ENV, '0')
+        assert not triton_scan.autotuning(u, 4)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert not triton_scan.autotuning(u, 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+TRACE = r'''
+import torch
+import triton
+from torch._functorch.aot_autograd import aot_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from vim2.ops import triton_scan
+
+
+class Driver:  # of a GPU that is not there: PyTorch reads in the kernels' code what they write to
+    def get_current_target(self):
+        return GPUTarget('cuda', 90, 32)
+
+
+triton.runtime.driver.set_active(Driver())
+triton_scan._device = lambda device: triton_scan.Device(132, 50 << 20)
+
+
+def trace(fn, *args):
+    graphs = []
+    aot_function(fn, fw_compiler=lambda graph, inputs: graphs.append(graph) or graph)(*args)
+    nodes = [n for n in graphs[0].graph.nodes if n.op == 'call_function']
+    assert not [n for n in nodes if 'vim2' in str(n.target)], nodes
+    return [sorted(n.kwargs['tensors_to_clone']) for n in nodes if 'triton_kernel_wrapper' in str(n.target)]
+
+
+with FakeTensorMode(), torch.no_grad():
+    def empty(*shape):
+        return torch.empty(*shape, device='cuda')
+
+    x = empty(2, 4, 4, 64).permute(0, 3, 1, 2)
+    maps = [x, empty(2, 4, 64, 4, 4), empty(4, 64, 16), empty(2, 4, 1, 16, 4, 4), empty(2, 4, 1, 16, 4, 4), empty(4, 64),
+            None, empty(4, 64)]
+    directions = [0, 1, 2, 3]
+    scan, backward = torch.ops.vim2.scan, torch.ops.vim2.scan_backward
+    forward = trace(lambda *a: scan(*a, True, directions, False, True, 'auto')[0].square(), *maps)
+    assert forward == [['acc', 'out', 'states']], forward
+    states = empty(*triton_scan.states_shape(x, *maps[2:5]))
+    gradients = trace(lambda g, s, *a: backward(g, None, *a, s, True, directions, 'auto')[0].square(), x, states, *maps)
+    assert gradients == [['grad_A', 'grad_B', 'grad_C', 'grad_D', 'grad_bias', 'grad_delta', 'grad_u', 'scratch'],
+                         ['out']], gradients
+print('traced')
+'''
+
+
+def test_inductor_sees_the_kernels(root):
+    """torch.compile's graph holds the launches themselves, and only what a kernel writes to counts as changed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ('TRITON_INTERPRET', 'VIM2_SCAN_BACKEND')}
+    run = subprocess.run([sys.executable, '-c', TRACE], env=dict(environment, PYTHONPATH=str(root), OMP_NUM_THREADS='1'),
+                         capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0 and 'traced' in run.stdout, run.stdout + run.stderr[-5000:]

@@ -2,12 +2,14 @@
 
 The kernels are in `triton_kernels`; `docs/op.md` tells the algorithm and why the parallel axes are chosen as they are.
 """
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
-from typing import Dict, List, Optional, Sequence, Tuple
+import threading
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -148,6 +150,84 @@ def _plan(u: Tensor, directions: int) -> Plan:
     return make_plan(batch, directions, channels, height * width, _device(u.device), u.element_size())
 
 
+# Autotuning ---------------------------------------------------------------------------------------------------------
+
+AUTOTUNE_ENV = 'VIM2_SCAN_AUTOTUNE'
+MIN_STEPS = 1 << 22  # channels x steps x directions of a call below which the launch, not the plan, sets its time
+_tuned: Dict[tuple, Dict[str, object]] = {}
+
+
+def plan_grid(plan: Plan, channels: int, directions: int, length: int, backward: bool) -> List[Dict[str, object]]:
+    """The changes of a plan that are tried, the plan itself first: at most 4 forward and 3 backward.
+
+    Each is one more kernel to compile, 5 s forward and 15 s backward. `channels` are those of a group.
+    """
+    chunked = plan.chunk < length
+    if backward:
+        grid = [{}, dict(warps=4)] if channels >= 256 else [{}, dict(warps=2)]
+        return grid + ([dict(turns=not plan.turns, batch=1)] if directions > 1 and not chunked else [])
+    if directions > 1 and not chunked:
+        grid = [dict(together=0, merge=True), dict(together=0, merge=False)]
+        return [{}] + (grid if plan.together else [dict(merge=not plan.merge)])
+    return [{}] + [dict(width=width) for width in (32, 64, 128) if width <= channels][:3]
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of one run on the device, after one that compiles."""
+    module = getattr(torch, device.type)
+    run()
+    times = []
+    for _ in range(5):
+        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return sorted(times)[2]
+
+
+def autotuning(u: Tensor, directions: int) -> bool:
+    """Whether a call is worth, and allows, trying several plans.
+
+    Not in the interpreter, in a trace or a graph capture, nor where torch.use_deterministic_algorithms or
+    VIM2_SCAN_AUTOTUNE=0 ask for the same plan in every process: plans differ in the order of float sums.
+    """
+    if (u.device.type not in DEVICES or interpreting() or getattr(_tracing, 'on', False)
+            or torch.are_deterministic_algorithms_enabled() or os.environ.get(AUTOTUNE_ENV, '1') == '0'):
+        return False
+    if u.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+        return False
+    return u.numel() * directions >= MIN_STEPS
+
+
+def tuned_plan(run: Callable[[Plan], object], u: Tensor, A: Tensor, B: Tensor, directions: List[int], gated: bool,
+               backward: bool, seconds: Callable[[Callable[[], object], torch.device], float] = _seconds) -> Plan:
+    """The fastest of `plan_grid` for this device, dtype, states, directions and shape, batch and length to powers of 2.
+
+    Measured at the first call and kept for the process, so that a process computes the same bits every time.
+    """
+    batch, channels, height, width = u.shape
+    plan = _plan(u, len(directions))
+    rounded = tuple(_power_of_two(n) for n in (batch, height, width))
+    key = (backward, u.device, u.dtype, A.shape[2], B.shape[2], tuple(directions), channels, *rounded, u.stride(1) == 1,
+           gated, plan.chunk < height * width, bool(plan.together), plan.turns)
+    if key not in _tuned:
+        best = None
+        for change in plan_grid(plan, channels // B.shape[2], len(directions), height * width, backward):
+            candidate = dataclasses.replace(plan, **change)
+            try:
+                taken = seconds(lambda candidate=candidate: run(candidate), u.device)
+            except torch.OutOfMemoryError:
+                continue  # the outputs of a trial are there beside those of the call itself
+            if best is None or taken < best[0]:
+                best = taken, change
+        if best is None:
+            return plan
+        _tuned[key] = best[1]
+    return dataclasses.replace(plan, **_tuned[key])
+
+
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -160,7 +240,10 @@ def _alignment(t: Tensor, unit: int, limit: int) -> int:
     if t.stride(unit) != 1:
         return 0
     steps = [s for i, s in enumerate(t.stride()) if i != unit % t.dim() and t.shape[i] > 1]
-    offset = 0 if t.device.type == 'meta' else t.data_ptr() // t.element_size() % limit
+    if t.device.type == 'meta' or getattr(_tracing, 'on', False):
+        offset = t.storage_offset() % limit  # there is no address yet; what is allocated is aligned to 16 bytes
+    else:
+        offset = t.data_ptr() // t.element_size() % limit
     return math.gcd(limit, offset, *steps)
 
 
@@ -190,8 +273,8 @@ class _Scan:
         self.width = self.E // self.groups
         self.n_chunks = -(-self.L // self.plan.chunk)
         if self.n_chunks > 1 and self.K > 1 and (self.plan.merge or self.plan.together or self.plan.turns):
-            raise ValueError(f'directions cannot share a program where the scan of {self.L} steps is cut into chunks of '
-                             f'{self.plan.chunk}')
+            raise ValueError(f'directions cannot share a program where the scan of {self.L} steps is cut into chunks '
+                             f'of {self.plan.chunk}')
         # Sequences with time contiguous in memory are read as tiles of a few steps.
         self.T = 8 if u.element_size() == 2 and self.NP <= 16 else 4
         self.time_vector = 0
@@ -248,10 +331,27 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
+_tracing = threading.local()
+
+
+@contextlib.contextmanager
+def traced():
+    """Launches within become nodes of the graph that is being traced (`torch.library.wrap_triton`)."""
+    before, _tracing.on = getattr(_tracing, 'on', False), True
+    try:
+        yield
+    finally:
+        _tracing.on = before
+
+
 def _launch(kernel: str, programs: int, *args, **constants) -> None:
     """The one place that launches a kernel; tools/kernel_report.py records here what would run."""
     from . import triton_kernels
-    run = getattr(triton_kernels, kernel)[(programs,)]
+    function = getattr(triton_kernels, kernel)
+    if getattr(_tracing, 'on', False):
+        torch.library.wrap_triton(function)[(programs,)](*args, **constants)
+        return
+    run = function[(programs,)]
     if args[0].is_cuda:
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on the tensors'
             run(*args, **constants)
@@ -316,12 +416,13 @@ def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
     flags = {k: v for k, v in scan.flags.items() if not k.endswith('_CONST')}
     _launch(
         'scan_together', programs,
-        u, scan.delta, scan.A, B, C, u if D is None else D, u if z is None else z, u if scan.bias is None else scan.bias,
+        u, scan.delta, scan.A, B, C, u if D is None else D, u if z is None else z,
+        u if scan.bias is None else scan.bias,
         sums, out, last, states,
         scan.E, scan.N, scan.H, scan.W, scan.L, tasks, n_blocks, per_group, scan.width,
         scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE),
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
-        KP=directions, NP=scan.NP, BE=TOGETHER, T=scan.T, R=16, SAVE=SAVE,
+        KP=directions, NP=scan.NP, BE=TOGETHER, T=4, R=16, SAVE=SAVE,
         B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None,
         WANT_LAST=last.numel() > 0, SAVE_STATES=states.numel() > 0, UNIT_E=scan.unit_e and out.stride(1) == 1,
         INDEX64=scan.index64(out), **flags, num_warps=directions)
@@ -349,6 +450,10 @@ def forward(
         out (B, E, H, W) in u's dtype and layout, the last states (B, K, E, N) float32 or an empty tensor, and the saved
         states (`states_shape`) or an empty tensor.
     """
+    if plan is None and autotuning(u, len(directions)):
+        plan = tuned_plan(lambda p: forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+                                            want_last_state, save_states, plan=p),
+                          u, A, B, directions, z is not None, False)
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan)
     out = _like(u)
     # An operator may not return one tensor twice: an empty one each.
@@ -425,6 +530,10 @@ def backward(
         plan: Optional[Plan] = None,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias; an empty tensor for each that is absent. Deterministic."""
+    if plan is None and autotuning(u, len(directions)):
+        plan = tuned_plan(lambda p: backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
+                                             delta_softplus, directions, plan=p),
+                          u, A, B, directions, z is not None, True)
     grad_z = u.new_empty(0) if z is None else _like(z)
     if z is not None and len(directions) > 1:
         # The gate multiplies the sum over directions, which no single pass has: one more forward finds it.
