@@ -333,8 +333,8 @@ with FakeTensorMode(), torch.no_grad():
         return torch.empty(*shape, device='cuda')
 
     x = empty(2, 4, 4, 64).permute(0, 3, 1, 2)
-    maps = [x, empty(2, 4, 64, 4, 4), empty(4, 64, 16), empty(2, 4, 1, 16, 4, 4), empty(2, 4, 1, 16, 4, 4), empty(4, 64),
-            None, empty(4, 64)]
+    maps = [x, empty(2, 4, 64, 4, 4), empty(4, 64, 16), empty(2, 4, 1, 16, 4, 4), empty(2, 4, 1, 16, 4, 4),
+            empty(4, 64), None, empty(4, 64)]
     directions = [0, 1, 2, 3]
     scan, backward = torch.ops.vim2.scan, torch.ops.vim2.scan_backward
     forward = trace(lambda *a: scan(*a, True, directions, False, True, 'auto')[0].square(), *maps)

@@ -404,7 +404,7 @@ def scan_together(
         mask = mask_k & mask_e
         tile_mask = mask[None, :, :] & (n < N)
         for p in range(0, L, R):
-            tl.store(acc_p + (p + rows) * BE + lane, tl.zeros((R, BE), tl.float32), mask=p + rows < L)
+            tl.store(acc_p + (p + rows) * BE + lane, tl.zeros((R, BE), tl.float32), mask=mask_e & (p + rows < L))
         a2 = tl.load(A + (k * a_k + e * a_e)[None, :, :] + n * a_n, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
         if HAS_D:
             skip = tl.load(D + k * D_k + e * D_e, mask=mask, other=0.0).to(tl.float32)
