@@ -1,10 +1,11 @@
 """pytest plugin: a suite of the op in Triton's interpreter, at a cost that `make test` can bear.
 
-Loaded by tests/test_ops_triton.py (`-p interpreted`, TRITON_INTERPRET=1) in a process of its own. What it changes:
+Loaded by tests/test_ops_triton.py (`-p interpreted`, TRITON_INTERPRET=1) in processes of its own. Scripts import it too,
+for the first of the changes alone:
 
 - Triton's interpreter replaces the functions of triton.language once per module instead of at every call of a helper
-  function, finds NumPy's dtypes by name, and leaves out its overflow check of integer sums (three quarters of the time
-  together). The kernels that run, and the arithmetic, are the same.
+  function and finds NumPy's dtypes by name: half of the time. The kernels that run, and the arithmetic, are the same.
+- It leaves out its overflow check of integer sums, half of what remains.
 - Cases of many steps keep their names and parameters but run on fewer steps (`LENGTHS`, `MAPS`), with states saved
   every 16 steps instead of 128: every level of the backward's recomputation is still entered.
 - Outcomes go, as JSON, to the file that VIM2_TEST_OUTCOMES names.
@@ -62,8 +63,11 @@ def _dtypes_by_name():
 
 _patch_once()
 _dtypes_by_name()
-builder = interpreter.interpreter_builder
-builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def pytest_configure():
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def steps_run(length: int) -> int:

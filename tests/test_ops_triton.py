@@ -34,6 +34,7 @@ def _excluded(name, keys):
 CHECK = r'''
 import sys
 import traceback
+import interpreted  # noqa: F401, a faster interpreter
 import torch
 from vim2.ops import triton_scan
 from vim2.ops.reference import scan_reference, scan_reference_backward
@@ -157,7 +158,7 @@ def results(root):
     cases = ', '.join(f'{name!r}: dict(' + ', '.join(
         f'{k}={v if k in ("plan", "dtype") else repr(v)}' for k, v in sizes.items()) + ')' for name,
         sizes in CASES.items())
-    return interpreted('-c', CHECK, f'{{{cases}}}', PYTHONPATH=str(root))
+    return interpreted('-c', CHECK, f'{{{cases}}}', PYTHONPATH=os.pathsep.join(map(str, (root, root / 'tests'))))
 
 
 @pytest.mark.parametrize('name', list(CASES))
@@ -350,6 +351,6 @@ print('traced')
 def test_inductor_sees_the_kernels(root):
     """torch.compile's graph holds the launches themselves, and only what a kernel writes to counts as changed."""
     environment = {k: v for k, v in os.environ.items() if k not in ('TRITON_INTERPRET', 'VIM2_SCAN_BACKEND')}
-    run = subprocess.run([sys.executable, '-c', TRACE], env=dict(environment, PYTHONPATH=str(root), OMP_NUM_THREADS='1'),
-                         capture_output=True, text=True, timeout=600)
+    environment.update(PYTHONPATH=str(root), OMP_NUM_THREADS='1')
+    run = subprocess.run([sys.executable, '-c', TRACE], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and 'traced' in run.stdout, run.stdout + run.stderr[-5000:]
