@@ -1,7 +1,7 @@
 """pytest plugin: a suite of the op in Triton's interpreter, at a cost that `make test` can bear.
 
-Loaded by tests/test_ops_triton.py (`-p interpreted`, TRITON_INTERPRET=1) in processes of its own. Scripts import it too,
-for the first of the changes alone:
+Loaded by tests/test_ops_triton.py (`-p interpreted`, TRITON_INTERPRET=1) in its own processes; scripts import it for
+the first of the changes alone:
 
 - Triton's interpreter replaces the functions of triton.language once per module instead of at every call of a helper
   function and finds NumPy's dtypes by name: half of the time. The kernels that run, and the arithmetic, are the same.

@@ -744,13 +744,9 @@ def scan_backward(
             shift = tl.load(bias + k * bias_k + e * bias_e, mask=mask_e, other=0.0).to(tl.float32)
         else:
             shift = 0.0
-        # The sums over the program's images go on where its last image left them.
-        sums = (b_block.to(tl.int64) * n_chunks + c) * K + k
-        sum_A = tl.load(grad_A + (sums * N * E + (n * h_n + e)), mask=tile_mask & (b_in > 0), other=0.0)
-        if HAS_D:
-            sum_D = tl.load(grad_D + sums * E + e, mask=mask_e & (b_in > 0), other=0.0)
-        if HAS_BIAS:
-            sum_bias = tl.load(grad_bias + sums * E + e, mask=mask_e & (b_in > 0), other=0.0)
+        sum_A = tl.zeros((NR, CR, CW, NL, CL), tl.float32)
+        sum_D = tl.zeros((1, CR, CW, 1, CL), tl.float32)
+        sum_bias = tl.zeros((1, CR, CW, 1, CL), tl.float32)
         g_p = grad_out + b * g_b
         u_p = u + b * u_b
         d_p = delta + b * d_b + k * d_k
@@ -912,10 +908,16 @@ def scan_backward(
             tl.store(grad_B + (row * N * E + (n * h_n + e)), sum_B, mask=tile_mask & live)
         if C_CONST:
             tl.store(grad_C + (row * N * E + (n * h_n + e)), sum_C, mask=tile_mask & live)
-        tl.store(grad_A + (sums * N * E + (n * h_n + e)), sum_A, mask=tile_mask)
+        # Added to what the program's earlier images left there.
+        more = b_in > 0
+        sums = (b_block.to(tl.int64) * n_chunks + c) * K + k
+        at_A = grad_A + (sums * N * E + (n * h_n + e))
+        tl.store(at_A, sum_A + tl.load(at_A, mask=tile_mask & more, other=0.0), mask=tile_mask)
         if HAS_D:
-            tl.store(grad_D + sums * E + e, sum_D, mask=mask_e)
+            at_D = grad_D + sums * E + e
+            tl.store(at_D, sum_D + tl.load(at_D, mask=mask_e & more, other=0.0), mask=mask_e)
         if HAS_BIAS:
-            tl.store(grad_bias + sums * E + e, sum_bias, mask=mask_e)
+            at_bias = grad_bias + sums * E + e
+            tl.store(at_bias, sum_bias + tl.load(at_bias, mask=mask_e & more, other=0.0), mask=mask_e)
         # The next turn reads what this one's threads wrote: `acc` and the sums.
         tl.debug_barrier()
