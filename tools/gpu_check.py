@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / 'tools'))
 from kernel_report import DTYPES, SHAPES, Shape, minimum_bytes  # noqa: E402
 
-from vim2.ops import cross_selective_scan, selective_scan  # noqa: E402
+from vim2.ops import cross_selective_scan, selective_scan, triton_scan  # noqa: E402
 
 
 def run_suite(device: str) -> dict:
@@ -133,6 +133,8 @@ def markdown(result: dict) -> str:
             lines.append(f"| {r['shape']} ({r['size']}) | {r['dtype']} | {r['implementation']} | "
                          f"{r['forward_ms']:.3f} | {r['training_ms']:.3f} | "
                          f"{r['forward_GB_per_s']:.0f} | {r.get('deterministic', '')} |")
+    lines += ['', 'Plans chosen (changes of the default plan):', '']
+    lines += [f'- `{key}`: {change or "none"}' for key, change in result.get('plans', {}).items()]
     return '\n'.join(lines) + '\n'
 
 
@@ -162,6 +164,8 @@ def main(argv=None) -> int:
             result['timings'] += rows
             for row in rows:
                 print(row, flush=True)
+    # What the first calls chose among: the changes of a plan by (backward, device, dtype, ...).
+    result['plans'] = {str(key): change for key, change in triton_scan._tuned.items()}
     args.output.with_suffix('.json').write_text(json.dumps(result, indent=1))
     args.output.with_suffix('.md').write_text(markdown(result))
     print(markdown(result))

@@ -8,10 +8,12 @@ gfx942, and its machine code read with the tools of the triton wheel.
     python tools/kernel_report.py                       # every variant, every target, rooflines: some minutes
     python tools/kernel_report.py --variants map-fp16 --targets sm_90
     python tools/kernel_report.py --no-compile          # bytes only: instant
+    python tools/kernel_report.py --resume build/kernels # every variant compiled once, also if cut short
 """
 import argparse
 import collections
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -111,9 +113,9 @@ def inputs(shape: Shape, dtype: torch.dtype, time_contiguous=False, gate=False, 
             weights(k, e))
 
 
-def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = None, processors: int = 132, last=False,
-           training=True, device='meta', **layout) -> List[Launch]:
-    """The launches of one forward and, if training, one backward."""
+def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = None, gpu: Optional[GPU] = None,
+           last=False, training=True, device='meta', **layout) -> List[Launch]:
+    """The launches of one forward and, if training, one backward; without a plan, the one for that GPU (an H100)."""
     launches = []
 
     def launch(kernel, programs, *args, **constants):
@@ -131,7 +133,8 @@ def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = 
     data = inputs(shape, dtype, device=device, **layout)
     if plan is None:
         plan = triton_scan.make_plan(shape.batch, shape.directions, shape.channels, shape.height * shape.width,
-                                     processors)
+                                     triton_scan.Device((gpu or GPUS[1]).processors, (gpu or GPUS[1]).cache),
+                                     data[0].element_size())
     directions = list(range(shape.directions))
     original, triton_scan._launch = triton_scan._launch, launch
     try:
@@ -143,6 +146,14 @@ def record(shape: Shape, dtype: torch.dtype, plan: Optional[triton_scan.Plan] = 
     finally:
         triton_scan._launch = original
     return launches
+
+
+def passes(launches: List[Launch]) -> Tuple[List[Launch], List[Launch]]:
+    """The launches of the forward and those of the backward."""
+    split = next(i for i, l in enumerate(launches) if l.kernel in ('scan_forward', 'scan_together')) + 1
+    while split < len(launches) and launches[split].kernel == 'merge_parts':
+        split += 1
+    return launches[:split], launches[split:]
 
 
 # Bytes ---------------------------------------------------------------------------------------------------------------
@@ -167,7 +178,7 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
     if launch.kernel == 'merge_parts':
         n = a['n_elements']
         return {'parts': (n * a['n_parts'] * 4,) * 2, 'out': (n * size['out'],) * 2}
-    K, E, N, L, blocks, chunks = a['K'], a['E'], a['N'], a.get('L'), a['n_blocks'], a['n_chunks']
+    K, E, N, L, blocks, chunks = a['K'], a['E'], a['N'], a.get('L'), a['n_blocks'], a.get('n_chunks', 1)
     weights = {'A': E * N, 'D': E if c.get('HAS_D') else 0, 'bias': E if c.get('HAS_BIAS') else 0}
     out: Dict[str, List[int]] = collections.defaultdict(lambda: [0, 0])
 
@@ -184,7 +195,26 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
             add('initial', images * K * E * N, images * K * E * N)
         return {k: tuple(v) for k, v in out.items()}
 
-    T, chunk = c['T'], a['chunk']
+    T, chunk = c['T'], a.get('chunk')
+    if launch.kernel == 'scan_together':
+        images, steps = a['n_tasks'] // blocks, -(-L // T) * T
+        for name, distinct in (('u', 1), ('delta', K)):
+            add(name, images * K * steps * E, images * distinct * L * E)
+        for name, per in (('B', 'per_b'), ('C', 'per_c')):
+            add(name, images * K * blocks * steps * N, images * K * (E // a[per]) * N * L)
+        for name, n in weights.items():
+            add(name, images * K * n, K * n)
+        # Each program's own sums: zeroed, added to by K directions, read. What must reach memory is one writing back.
+        add('acc', images * (2 + 2 * K) * L * E, launch.programs * L * c['BE'])
+        add('out', images * L * E, images * L * E)
+        if c['HAS_Z']:
+            add('z', images * L * E, images * L * E)
+        if c['SAVE_STATES']:
+            kept = images * K * ((L - 1) // c['SAVE']) * E * N
+            add('states', kept, kept)
+        if c['WANT_LAST']:
+            add('last', images * K * E * N, images * K * E * N)
+        return {k: tuple(v) for k, v in out.items() if v[0]}
     spans = [(max(i * chunk - a['pad'], 0), min((i + 1) * chunk - a['pad'], L)) for i in range(chunks)]
     if launch.kernel == 'chunk_summary':
         images = launch.programs // (K * chunks * blocks)
@@ -221,12 +251,13 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
         if c['HAS_START']:
             add('start', images * K * chunks * E * N, images * K * chunks * E * N)
         if c['SAVE_STATES']:
-            add('states', images * K * -(-(L + a['pad']) // c['SAVE']) * E * N, images * K * a['n_saved'] * E * N)
+            kept = images * K * ((L + a['pad'] - 1) // c['SAVE']) * E * N  # all but the first, which is zero
+            add('states', kept, kept)
         if c['WANT_LAST']:
             add('last', images * K * E * N, images * K * E * N)
     else:
-        images, BB = a['n_batch'], c['BB']
-        SAVE, PART = c['SAVE'], c['PART']
+        images, BB, KM = a['n_batch'], a['BB'], c['KM']
+        SAVE, PART, width = c['SAVE'], c['PART'], c['CR'] * c['CW'] * c['CL']
         adjoint = recomputed = segments = kept = 0
         for lo, hi in spans:
             for segment in range((lo + a['pad']) // SAVE, (hi + a['pad'] - 1) // SAVE + 1):
@@ -252,47 +283,70 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
         if c['HAS_Z']:
             add('z', images * K * adjoint * E, images * L * E)
             add('grad_z', images * K * adjoint * E, images * L * E)
-        add('grad_u', images * K * adjoint * E, images * a['KS'] * L * E)
+        add('grad_u', images * (K // KM) * adjoint * E, images * a['KS'] * L * E)
+        if KM > 1:  # the program's own sums; what must reach memory is one writing back
+            add('acc', 2 * images * (KM - 1) * adjoint * E, launch.programs * L * width)
         add('scratch', 2 * images * K * kept * E * N,
-            K * min(kept, SAVE // PART) * E * N * -(-images // BB))
-        add('states', images * K * segments * E * N, images * K * a['n_saved'] * E * N)
+            K // KM * min(kept, SAVE // PART) * E * N * -(-images // BB))
+        add('states', images * K * (segments - 1) * E * N, images * K * (segments - 1) * E * N)
         if c['HAS_END']:
             add('end', images * chunks * K * E * N, images * chunks * K * E * N)
         sums = -(-images // BB) * chunks * K
         for name, n in (('A', E * N), ('D', weights['D']), ('bias', weights['bias'])):
-            add(name, sums * n, K * n)
-            add(f'grad_{name}', sums * n, sums * n)
+            add(name, sums * BB * n, K * n)
+            add(f'grad_{name}', sums * (2 * BB - 1) * n, sums * n)  # read, but for the first image, and written
     return {k: tuple(v) for k, v in out.items() if v[0]}
 
 
-def reuse_fits(launch: Launch, gpu: GPU, registers: int = 168) -> bool:
-    """Whether what all resident programs touch in one direction stays in the last-level cache until the next
-    direction."""
+def reused(launch: Launch, gpu: GPU, registers: int = 168) -> Tuple[str, ...]:
+    """The maps that several directions read or add to, and that stay in the last-level cache in between.
+
+    Directions in turn, or side by side, go over the same map within the time that a program takes for its scans: what
+    all resident programs touch must stay in the cache for so long.
+    """
     a, c = launch.arguments, launch.constants
-    if c.get('KM', 1) == 1:
-        return False
     width = c['BE'] if 'BE' in c else c['CR'] * c['CW'] * c['CL']
-    resident = min(launch.programs, gpu.processors * (65536 // registers // (32 * launch.warps)))
-    per_position = sum(a[name].element_size() for name in ('u', 'delta', 'acc'))
-    return resident * width * a['L'] * per_position <= 0.8 * gpu.cache
+    if launch.kernel == 'scan_backward':
+        registers = 255
+    resident = min(launch.programs, gpu.processors * max(1, 65536 // registers // (32 * launch.warps)))
+    maps = ('u', 'acc') if launch.kernel != 'scan_backward' else ('u', 'grad_out', 'acc')
+    if a.get('KS', 1) > 1:  # side by side: the programs of a block share its maps, each has its own sums
+        resident, maps = resident / a['KS'], maps[:-1]
+    span = a['L'] if a.get('n_chunks', 1) == 1 else min(a['L'], a['chunk'] * a['n_chunks'])
+    per_position = sum(a[name].element_size() for name in maps)
+    if launch.kernel == 'scan_forward' and c['KM'] > 1:
+        per_position += a['delta'].element_size()  # streams through, as much of it as of u in each direction
+    if a.get('n_chunks', 1) > 1:  # all chunks of an image are resident together before the first one ends
+        resident /= a['n_chunks']
+    footprint = max(resident * width, min(width, a['E'])) * span * per_position
+    return maps if footprint <= triton_scan.CACHE_SHARE * gpu.cache else ()
 
 
 def memory_bytes(launch: Launch, gpu: GPU) -> int:
     """Bytes through device memory: neighbouring programs share B and C in the cache; a map that K directions read one
-    after the other, or accumulate into, is read again from memory unless it fits the cache."""
-    fits, total = reuse_fits(launch, gpu), 0
-    for name, (_, once) in requested_bytes(launch).items():
-        again = (name in ('u', 'acc', 'grad_out', 'z') and not fits
-                 and launch.kernel in ('scan_forward', 'scan_backward'))
-        if again:
-            passes = launch.constants['KM'] - 1 if name == 'acc' else launch.arguments['K']
-            size = launch.arguments[name].element_size() * (2 if name == 'acc' else 1)
-            positions = launch.arguments['n_batch'] if 'n_batch' in launch.arguments else (
-                launch.programs // math.prod(launch.arguments[name] for name in ('KS', 'n_chunks', 'n_blocks')))
-            total += passes * size * positions * launch.arguments['L'] * launch.arguments['E']
-        else:
-            total += once
-    return total
+    after the other, or add to, is read again from memory unless it fits the cache."""
+    return sum(tensor_bytes(launch, gpu).values())
+
+
+def tensor_bytes(launch: Launch, gpu: GPU) -> Dict[str, int]:
+    """`memory_bytes` by tensor."""
+    a, c = launch.arguments, launch.constants
+    counted = {name: once for name, (_, once) in requested_bytes(launch).items()}
+    scans = ('scan_forward', 'scan_together', 'scan_backward')
+    if launch.kernel not in scans or a['K'] == 1:
+        return counted
+    kept = reused(launch, gpu)
+    images = a['n_batch'] if 'n_batch' in a else a['n_tasks'] // a['n_blocks'] if 'n_tasks' in a else (
+        launch.programs // math.prod(a[name] for name in ('KS', 'n_chunks', 'n_blocks')))
+    for name in ('u', 'z', 'grad_out'):
+        if name in counted and name not in kept and not (name == 'z' and launch.kernel == 'scan_together'):
+            counted[name] *= a['K']
+    if 'acc' in counted and 'acc' not in kept:
+        # Directions in turn read it K - 1 times and write it as often; in lockstep each direction does both, and it is
+        # zeroed and read.
+        passes = 2 * a['K'] + 2 if launch.kernel == 'scan_together' else 2 * (c['KM'] - 1)
+        counted['acc'] = passes * 4 * images * a['L'] * a['E']
+    return counted
 
 
 # Machine code --------------------------------------------------------------------------------------------------------
@@ -346,8 +400,56 @@ def _classify(opcode: str) -> str:
 
 
 def _loops(code: List[Tuple[int, str, Optional[int]]]) -> List[Tuple[int, int]]:
-    """Address ranges of loops: from the target of each backward branch to the branch."""
+    """Address ranges of loops: from the target of each backward branch to the branch. Enough for ptxas' layout."""
     return sorted({(to, at) for at, op, to in code if to is not None and to < at})
+
+
+def natural_loops(code: List[Tuple[int, str, Optional[int]]]) -> List[frozenset]:
+    """Loops of AMD code as sets of instruction indices, by header: LLVM lays their blocks out in any order.
+
+    A loop is a branch back to a block that dominates it, and all that reaches the branch without passing that block.
+    """
+    starts = sorted({0} | {to for _, _, to in code if to is not None and to < len(code)} | {
+        at + 1 for at, op, to in code if (to is not None or op.startswith('s_endpgm')) and at + 1 < len(code)})
+    index = {start: i for i, start in enumerate(starts)}
+    ends = [*starts[1:], len(code)]
+    after: List[List[int]] = []
+    for i, end in enumerate(ends):
+        _, op, to = code[end - 1]
+        after.append([index[to]] if to is not None and to in index else [])
+        if not op.startswith(('s_branch', 's_endpgm', 's_setpc')) and end in index:
+            after[i].append(index[end])
+    before: List[List[int]] = [[] for _ in starts]
+    for i, targets in enumerate(after):
+        for j in targets:
+            before[j].append(i)
+    reached, queue = {0}, [0]
+    while queue:
+        for j in after[queue.pop()]:
+            if j not in reached:
+                reached.add(j)
+                queue.append(j)
+    dominators = {i: set(reached) for i in reached}
+    dominators[0], changed = {0}, True
+    while changed:
+        changed = False
+        for i in sorted(reached - {0}):
+            new = {i}.union(set.intersection(*(dominators[j] for j in before[i] if j in reached)))
+            if new != dominators[i]:
+                dominators[i], changed = new, True
+    bodies: Dict[int, set] = {}
+    for i in reached:
+        for header in after[i]:
+            if header in dominators[i]:
+                body = bodies.setdefault(header, {header})
+                queue = [i]
+                while queue:
+                    block = queue.pop()
+                    if block not in body:
+                        body.add(block)
+                        queue += [j for j in before[block] if j in reached]
+    return [frozenset(at for block in bodies[header] for at in range(starts[block], ends[block]))
+            for header in sorted(bodies)]
 
 
 def inspect_kernel(kernel, target: str) -> Dict[str, object]:
@@ -379,10 +481,12 @@ def inspect_kernel(kernel, target: str) -> Dict[str, object]:
                 code.append((len(code), op + ('_dpp' if rest and 'row_' in rest[0] else ''), to))
         code = [(at, op, labels.get(to)) for at, op, to in code]
     spills = sum(_classify(op) == 'spill' for _, op, _ in code)
-    loops = []
-    for low, high in _loops(code):
-        body = collections.Counter(_classify(op) for at, op, _ in code if low <= at <= high)
-        loops.append(dict(span=(low, high), instructions=sum(body.values()), classes=dict(body)))
+    if target.startswith('sm_'):
+        bodies = [frozenset(i for i, (at, _, _) in enumerate(code) if low <= at <= high) for low, high in _loops(code)]
+    else:
+        bodies = natural_loops(code)
+    loops = [dict(body=body, instructions=len(body),
+                  classes=dict(collections.Counter(_classify(code[i][1]) for i in body))) for body in bodies]
     shared = kernel.metadata.shared
     return dict(registers=registers, spills=spills, shared=shared, loops=loops, instructions=len(code))
 
@@ -391,36 +495,35 @@ def per_state(launch: Launch, machine: Dict[str, object]) -> Optional[Dict[str, 
     """Instructions per state and step of the main loops, averaged over a scan, by class."""
     c, loops = launch.constants, machine['loops']
     lanes = 64 if machine.get('target') == 'gfx942' else 32
-    spans = [l['span'] for l in loops]
+    bodies = [l['body'] for l in loops]
 
     def own(i):
         """A loop's instructions less those of the loops within it."""
-        inner = [j for j, s in enumerate(spans) if j != i and spans[i][0] <= s[0] and s[1] <= spans[i][1]]
-        direct = [j for j in inner if not any(
-            m != j and spans[m][0] <= spans[j][0] and spans[j][1] <= spans[m][1] for m in inner)]
+        inner = [j for j, body in enumerate(bodies) if body < bodies[i]]
+        direct = [j for j in inner if not any(bodies[j] < bodies[m] for m in inner)]
         counts = collections.Counter(loops[i]['classes'])
         for j in direct:
             counts.subtract(loops[j]['classes'])
         return counts
 
-    innermost = [i for i, s in enumerate(spans) if not any(
-        j != i and s[0] <= o[0] and o[1] <= s[1] for j, o in enumerate(spans))]
+    innermost = [i for i, body in enumerate(bodies) if not any(other < body for other in bodies)]
     total: Dict[str, float] = collections.Counter()
-    if launch.kernel == 'scan_forward':
+    if launch.kernel in ('scan_forward', 'scan_together'):
         main = max(innermost, key=lambda i: loops[i]['classes'].get('exp', 0), default=None)
         if main is None:
             return None
-        states = c['T'] * c['NP'] * c['BE'] / (lanes * launch.warps)
+        states = c['T'] * c['NP'] * c['BE'] * c.get('KP', 1) / (lanes * launch.warps)
         for name, n in own(main).items():
             total[name] += n / states
     elif launch.kernel == 'scan_backward':
-        with_work = sorted((i for i in innermost if loops[i]['classes'].get('exp', 0)), key=lambda i: spans[i])
+        with_work = sorted((i for i in innermost if loops[i]['classes'].get('exp', 0)), key=lambda i: min(bodies[i]))
         if len(with_work) != 3:
             return None
         coarse, recompute, adjoint = with_work
-        group = min((i for i,
-                     s in enumerate(spans) if i != adjoint and s[0] <= spans[adjoint][0] and spans[adjoint][1] <= s[1]),
-                    key=lambda i: spans[i][1] - spans[i][0])
+        around = [i for i, body in enumerate(bodies) if bodies[adjoint] < body]
+        if not around:
+            return None
+        group = min(around, key=lambda i: len(bodies[i]))
         tile = c['NR'] * c['NL'] * c['CR'] * c['CW'] * c['CL'] / (lanes * launch.warps)
         T, SAVE, PART = c['T'], c['SAVE'], c['PART']
         # Iterations per step of the scan.
@@ -448,7 +551,8 @@ def variants() -> Dict[str, List[Launch]]:
         out[f'time-odd-{name}'] = record(short, dtype, Plan(True, 256), time_contiguous=True, gate=True)
         out[f'chunked-{name}'] = record(sequence, dtype, Plan(True, 128))
         out[f'constant-{name}'] = record(sequence, dtype, Plan(True, 256), constant=True)
-        out[f'map-{name}'] = record(image, dtype, Plan(True, 256, 2))
+        out[f'map-{name}'] = record(image, dtype, Plan(True, 256, 2, together=2, turns=True), last=True)
+        out[f'map-turn-{name}'] = record(image, dtype, Plan(True, 256, 2), training=False)
         out[f'map-apart-{name}'] = record(image, dtype, Plan(False, 256))
         out[f'ragged-{name}'] = record(Shape(2, 100, 1, 256, 12), dtype, Plan(True, 256))
     for n in (1, 4, 32, 64):
@@ -469,23 +573,63 @@ def distinct(launches: Dict[str, List[Launch]]):
                 yield name, launch
 
 
-def report_machine_code(targets: List[str], chosen: Dict[str, List[Launch]], log) -> List[Dict[str, object]]:
+CODE_READER = 1  # to be raised when what is read from the machine code changes: invalidates what --resume kept
+
+
+def _key(launch: Launch, target: str) -> str:
+    """What a compilation depends on, as a file name."""
+    import triton
+
+    from vim2.ops import triton_kernels
+    types = {k: str(v.dtype) if isinstance(v, torch.Tensor) else abs(v) >= 2 ** 31
+             for k, v in launch.arguments.items()}
+    parts = (Path(triton_kernels.__file__).read_text(), CODE_READER, triton.__version__, launch.kernel,
+             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def compile_row(name: str, launch: Launch, target: str) -> Dict[str, object]:
+    """One line of the report: a variant's kernel on a target."""
+    row: Dict[str, object] = dict(variant=name, kernel=launch.kernel, target=target)
+    try:
+        kernel, seconds = compile_launch(launch, target)
+    except Exception as error:  # a kernel that does not compile is a line of the report, not its end
+        return dict(row, error=f'{type(error).__name__}: {error}'[:300])
+    machine = dict(inspect_kernel(kernel, target), target=target)
+    return dict(row, registers=machine['registers'], spills=machine['spills'], shared=machine['shared'],
+                instructions=machine['instructions'], seconds=round(seconds, 1), per_state=per_state(launch, machine))
+
+
+def report_machine_code(targets: List[str], chosen: Dict[str, List[Launch]], log,
+                        resume: Optional[Path] = None) -> List[Dict[str, object]]:
+    """Rows of all kernels of all variants; with `resume`, a folder, what an earlier run compiled is read from there."""
     rows = []
     for name, launch in distinct(chosen):
         for target in targets:
-            row: Dict[str, object] = dict(variant=name, kernel=launch.kernel, target=target)
-            try:
-                kernel, seconds = compile_launch(launch, target)
-            except Exception as error:  # a kernel that does not compile is a line of the report, not its end
-                row['error'] = f'{type(error).__name__}: {error}'[:300]
+            path = None if resume is None else resume / f'{_key(launch, target)}.json'
+            if path is not None and path.exists():
+                row = dict(json.loads(path.read_text()), variant=name)
             else:
-                machine = dict(inspect_kernel(kernel, target), target=target)
-                mix = per_state(launch, machine)
-                row.update(registers=machine['registers'], spills=machine['spills'], shared=machine['shared'],
-                           instructions=machine['instructions'], seconds=round(seconds, 1), per_state=mix)
+                row = compile_row(name, launch, target)
+                if path is not None:
+                    partial = path.with_suffix('.tmp')
+                    partial.write_text(json.dumps(row))
+                    partial.replace(path)
             rows.append(row)
             log(_row(row))
     return rows
+
+
+def machine_code_table(rows: List[Dict[str, object]]) -> str:
+    """Markdown: registers / spill instructions per variant, kernel and target."""
+    targets = [t for t in TARGETS if any(r['target'] == t for r in rows)]
+    lines = ['| variant | kernel | ' + ' | '.join(targets) + ' |', '|' + '---|' * (2 + len(targets))]
+    cells = {(r['variant'], r['kernel'], r['target']): 'failed' if 'error' in r else f"{r['registers']} / {r['spills']}"
+             for r in rows}
+    for variant, kernel in dict.fromkeys((r['variant'], r['kernel']) for r in rows):
+        lines.append(f'| {variant} | {kernel} | '
+                     + ' | '.join(cells.get((variant, kernel, t), '–') for t in targets) + ' |')
+    return '\n'.join(lines)
 
 
 def _row(row) -> str:
@@ -501,19 +645,13 @@ def _row(row) -> str:
 def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, object]]:
     """Per shape, GPU and pass: bytes over the minimum, and milliseconds by unit."""
     table, dtype = [], DTYPES[dtype_name]
-    mixes = {(r['kernel'], r['target']): r['per_state'] for r in rows
-             if r.get('per_state') and r['variant'] in (f'sequence-{dtype_name}',)}
-    map_mixes = {(r['kernel'], r['target']): r['per_state'] for r in rows
-                 if r.get('per_state') and r['variant'] in (f'map-{dtype_name}',)}
+    mixes = {(r['variant'], r['kernel'], r['target']): r['per_state'] for r in rows if r.get('per_state')}
     for label, shape in SHAPES.items():
         steps = shape.batch * shape.channels * shape.height * shape.width * shape.directions
         for gpu in GPUS:
-            launches = record(shape, dtype, processors=gpu.processors, time_contiguous=label.startswith('channel'))
-            split = next(i for i, l in enumerate(launches) if l.kernel == 'scan_forward') + 1
-            while split < len(launches) and launches[split].kernel == 'merge_parts':
-                split += 1
-            for backward, group in ((False, launches[:split]), (True, launches[split:])):
-                kernel = 'scan_backward' if backward else 'scan_forward'
+            launches = record(shape, dtype, gpu=gpu, time_contiguous=label.startswith('channel'))
+            for backward, group in enumerate(passes(launches)):
+                main = next(l for l in group if l.kernel.startswith('scan_'))
                 least = minimum_bytes(shape, dtype, backward)
                 asked = sum(sum(r for r, _ in requested_bytes(l).values()) for l in group)
                 moved = sum(memory_bytes(l, gpu) for l in group)
@@ -525,8 +663,11 @@ def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, o
                            launches=[l.kernel for l in group], requested=asked / least, moved=moved / least,
                            memory_ms=least / gpu.bandwidth * 1e3, moved_ms=moved / gpu.bandwidth * 1e3,
                            exp_ms=least_exp * 1e3)
-                key = (kernel, gpu.target)
-                mix = (map_mixes if shape.directions > 1 else mixes).get(key) or mixes.get(key)
+                # The variant whose code this launch runs.
+                variant = 'sequence' if shape.directions == 1 else 'map-apart'
+                if main.kernel == 'scan_together' or main.constants['KM'] > 1:
+                    variant = 'map-turn' if main.kernel == 'scan_forward' else 'map'
+                mix = mixes.get((f'{variant}-{dtype_name}', main.kernel, gpu.target))
                 if mix:
                     twice = 2 if any(l.kernel == 'chunk_summary' for l in group) else 1
                     states = steps * shape.states
@@ -564,6 +705,9 @@ def main(argv=None) -> int:
     parser.add_argument('--dtype', default='fp16', choices=list(DTYPES), help='of the roofline table (default: fp16)')
     parser.add_argument('--no-compile', action='store_true', help='bytes only')
     parser.add_argument('--json', type=Path, help='write everything here too')
+    parser.add_argument('--resume', type=Path, metavar='FOLDER',
+                        help='keep every finished compilation in this folder, and read from there what is unchanged')
+    parser.add_argument('--table', action='store_true', help='also print registers and spills as a Markdown table')
     args = parser.parse_args(argv)
     if triton_scan.interpreting() and not args.no_compile:
         parser.error('TRITON_INTERPRET is set: kernels cannot be compiled')
@@ -571,9 +715,14 @@ def main(argv=None) -> int:
         folder = tempfile.TemporaryDirectory(prefix='vim2-kernels-')
         os.environ['TRITON_CACHE_DIR'] = folder.name
     chosen = {k: v for k, v in variants().items() if not args.variants or k.startswith(tuple(args.variants))}
-    rows = [] if args.no_compile else report_machine_code(args.targets, chosen, lambda line: print(line, flush=True))
+    if args.resume is not None:
+        args.resume.mkdir(parents=True, exist_ok=True)
+    rows = [] if args.no_compile else report_machine_code(args.targets, chosen, lambda line: print(line, flush=True),
+                                                          args.resume)
     table = roofline(args.dtype, rows)
     print(_roofline_table(table))
+    if args.table:
+        print(machine_code_table(rows))
     failed = [r for r in rows if 'error' in r]
     spilled = [r for r in rows if r.get('spills') and r['target'] in ('sm_80', 'sm_90')
                and not r['variant'].startswith('states')]

@@ -23,6 +23,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .reference import arithmetic_dtype, scan_reference, scan_reference_backward
@@ -243,6 +244,31 @@ def _autograd_backward(ctx, grad_out, grad_last, grad_states):
 
 
 _scan.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _visible_to_inductor(operator) -> None:
+    """Let torch.compile look into the operator where Triton runs it: `torch.library.triton_op`'s rule, for one backend.
+
+    AOTAutograd functionalises a program under FunctionalTensorMode; there the operator turns into the backend's own
+    allocations and kernel launches, which Inductor sees. The operator stays whole for the other backends, in
+    torch.export, and where sizes are symbolic: how the work is cut depends on their values.
+    """
+    def rule(mode, op, types, args, kwargs):
+        given = dict(zip((a.name for a in op._schema.arguments), args), **kwargs)
+        tensors = _present(*(given.get(name) for name in ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')))
+        if tensors[0].device.type in _GPU_TYPES and not any(
+                isinstance(size, torch.SymInt) for t in tensors for size in (*t.shape, *t.stride())):
+            from torch.export._trace import custom_triton_ops_decomposition_disabled
+            if _resolve(given['backend'], tensors) == 'triton' and not custom_triton_ops_decomposition_disabled():
+                with mode, _backend_module('triton').traced():
+                    return operator._init_fn(*args, **kwargs)
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    operator.register_torch_dispatch(FunctionalTensorMode, rule)
+
+
+_visible_to_inductor(_scan)
+_visible_to_inductor(_scan_backward)
 
 
 def _needs_grad(tensors: List[Optional[Tensor]]) -> bool:

@@ -180,10 +180,10 @@ def scan_forward(
     the last direction writes `out`. With KM = 1 and KS > 1 each direction writes its own float32 part of `out`.
     """
     pid = tl.program_id(0)
-    block = pid % n_blocks
-    c = (pid // n_blocks) % n_chunks
-    k0 = (pid // (n_blocks * n_chunks)) % KS
-    b = (pid // (n_blocks * n_chunks * KS)).to(tl.int64)
+    k0 = pid % KS  # the directions of a block side by side: they read the same map at about the same time
+    block = (pid // KS) % n_blocks
+    c = (pid // (KS * n_blocks)) % n_chunks
+    b = (pid // (KS * n_blocks * n_chunks)).to(tl.int64)
     group = block // blocks_per_group
     lane = (block % blocks_per_group) * BE + tl.arange(0, BE)
     mask_e = lane < width
@@ -236,7 +236,7 @@ def scan_forward(
         j_, i_ = _place(t_first, code, H, W, INDEX64)
         for t in range(t_first, t_last, T):
             if SAVE_STATES:
-                if t % SAVE == 0:
+                if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
                     tl.store(states + ((row + t // SAVE) * N * E + (n[:, None] * h_n + e[None, :])), h, mask=tile_mask)
             us = ()
             ds = ()
@@ -343,6 +343,137 @@ def scan_forward(
         if KM > 1:
             # The next direction reads what this one wrote to `acc`.
             tl.debug_barrier()
+
+
+@triton.jit
+def _direction_states(pointer, offset, n, s_n, N, mask_k, VECTOR: tl.constexpr, FULL_N: tl.constexpr):
+    """`_vector` for all directions: N values per direction, (N, KP, 1)."""
+    if VECTOR > 1:
+        size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+        at = tl.max_contiguous(tl.multiple_of(pointer + offset + n, (VECTOR * size, 1, 1)), (VECTOR, 1, 1))
+    else:
+        at = pointer + offset + n * s_n
+    keep = mask_k[None, :, :]
+    if FULL_N:
+        return tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    else:
+        return tl.load(at, mask=keep & (n < N), other=0.0).to(tl.float32)
+
+
+@_kernel('u delta A B C D z bias acc out last states')
+def scan_together(
+        u, delta, A, B, C, D, z, bias, acc, out, last, states,
+        E, N, H, W, L, n_tasks, n_blocks, blocks_per_group, width, per_b, per_c, K, codes, n_saved,
+        u_b, u_e, u_h, u_w, d_b, d_k, d_e, d_h, d_w, a_k, a_e, a_n,
+        b_b, b_k, b_g, b_n, b_h, b_w, c_b, c_k, c_g, c_n, c_h, c_w,
+        D_k, D_e, bias_k, bias_e, z_b, z_e, z_h, z_w, o_b, o_e, o_h, o_w, h_n,
+        KP: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, SAVE: tl.constexpr,
+        B_VECTOR: tl.constexpr, C_VECTOR: tl.constexpr,
+        FULL_N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+        WANT_LAST: tl.constexpr, SAVE_STATES: tl.constexpr, UNIT_E: tl.constexpr, INDEX64: tl.constexpr,
+):
+    """All K directions of BE channels of one image in lockstep, a direction per warp (BE = 32); image after image.
+
+    A direction is a dimension of the tile, (N, KP, BE). What the directions add up stays in `acc`, L BE float32 of the
+    program's own, which it uses again for its next image: like u, which four warps read at about the same time, that
+    is meant never to leave the cache. Two directions may meet at a position within the same T steps, so they add one
+    after the other: the same order, and the same bits, every time.
+    """
+    pid = tl.program_id(0)
+    kd = tl.arange(0, KP)[:, None]
+    lane = tl.arange(0, BE)[None, :]
+    n = tl.arange(0, NP)[:, None, None]
+    rows = tl.arange(0, R)[:, None]
+    code = (codes >> (2 * kd)) & 3
+    mask_k = kd < K
+    acc_p = acc + pid.to(tl.int64) * L * BE
+    k = kd.to(tl.int64)
+    for task in range(pid, n_tasks, tl.num_programs(0)):
+        block = task % n_blocks
+        b = (task // n_blocks).to(tl.int64)
+        group = block // blocks_per_group
+        mask_e = (block % blocks_per_group) * BE + lane < width
+        e = group * width + (block % blocks_per_group) * BE + lane
+        if INDEX64:
+            e = e.to(tl.int64)
+            group = group.to(tl.int64)
+        if UNIT_E:
+            e_u, e_d, e_z, e_o = e, e, e, e
+        else:
+            e_u, e_d, e_z, e_o = e * u_e, e * d_e, e * z_e, e * o_e
+        mask = mask_k & mask_e
+        tile_mask = mask[None, :, :] & (n < N)
+        for p in range(0, L, R):
+            tl.store(acc_p + (p + rows) * BE + lane, tl.zeros((R, BE), tl.float32), mask=mask_e & (p + rows < L))
+        a2 = tl.load(A + (k * a_k + e * a_e)[None, :, :] + n * a_n, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
+        if HAS_D:
+            skip = tl.load(D + k * D_k + e * D_e, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + k * bias_k + e * bias_e, mask=mask, other=0.0).to(tl.float32)
+        u_p = u + b * u_b
+        d_p = delta + b * d_b + k * d_k
+        b_p = B + b * b_b + ((group * width) // per_b) * b_g + (k * b_k)[None, :, :]
+        c_p = C + b * c_b + ((group * width) // per_c) * c_g + (k * c_k)[None, :, :]
+        h = tl.zeros((NP, KP, BE), tl.float32)
+        j_, i_ = _place(kd * 0, code, H, W, INDEX64)
+        tl.debug_barrier()  # acc is zero
+        for t in range(0, L, T):
+            if SAVE_STATES:
+                if (t % SAVE == 0) & (t > 0):
+                    tl.store(states + (((b * K + k) * n_saved + t // SAVE) * N * E + e)[None, :, :] + n * h_n, h,
+                             mask=tile_mask)
+            us = ()
+            ds = ()
+            b_at = ()
+            c_at = ()
+            o_at = ()
+            for s in tl.static_range(T):
+                h_, w_ = _natural(j_, i_, code, H, W)
+                us = us + (tl.load(u_p + (h_ * u_h + w_ * u_w) + e_u, mask=mask, other=0.0),)
+                ds = ds + (tl.load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask=mask, other=0.0),)
+                b_at = b_at + ((h_ * b_h + w_ * b_w)[None, :, :],)
+                c_at = c_at + ((h_ * c_h + w_ * c_w)[None, :, :],)
+                o_at = o_at + ((h_ * W + w_) * BE + lane,)
+                # Past the end the last position is read again and computed with a step of zero, but not added.
+                j_, i_ = _next(j_, i_, t + s + 1 < L, code, H, W)
+            ys = ()
+            for s in tl.static_range(T):
+                x = us[s].to(tl.float32)
+                dt = ds[s].to(tl.float32)
+                if HAS_BIAS:
+                    dt += shift
+                if SOFTPLUS:
+                    dt = _softplus(dt)
+                dt = tl.where(t + s < L, dt, 0.0)
+                bt = _direction_states(b_p, b_at[s], n, b_n, N, mask_k, B_VECTOR, FULL_N)
+                ct = _direction_states(c_p, c_at[s], n, c_n, N, mask_k, C_VECTOR, FULL_N)
+                h = tl.exp2(dt[None, :, :] * a2) * h + (dt * x)[None, :, :] * bt
+                y = tl.sum(h * ct, axis=0)
+                if HAS_D:
+                    y += skip * x
+                ys = ys + (y,)
+            for turn in tl.static_range(KP):
+                olds = ()
+                for s in tl.static_range(T):
+                    mine = (kd == turn) & mask & (t + s < L)
+                    olds = olds + (tl.load(acc_p + o_at[s], mask=mine, other=0.0),)
+                for s in tl.static_range(T):
+                    mine = (kd == turn) & mask & (t + s < L)
+                    tl.store(acc_p + o_at[s], olds[s] + ys[s], mask=mine)
+                tl.debug_barrier()
+        if WANT_LAST:
+            tl.store(last + (((b * K + k) * E + e) * N)[None, :, :] + n, h, mask=tile_mask)
+        for p in range(0, L, R):
+            at = p + rows
+            if INDEX64:
+                at = at.to(tl.int64)
+            ok = mask_e & (at < L)
+            y = tl.load(acc_p + at * BE + lane, mask=ok, other=0.0)
+            if HAS_Z:
+                gate = tl.load(z + b * z_b + (at // W) * z_h + (at % W) * z_w + e_z, mask=ok, other=0.0).to(tl.float32)
+                y *= gate * _sigmoid(gate)
+            tl.store(out + b * o_b + (at // W) * o_h + (at % W) * o_w + e_o, y.to(out.dtype.element_ty), mask=ok)
+        tl.debug_barrier()  # before acc is zeroed for the next image
 
 
 @_kernel('x delta A B z bias ends lengths')
@@ -544,23 +675,25 @@ def _steps(h, t, a2, shift, b_tile, u_p, d_p, b_p, e_u, e_d, n, mask_e, code, H,
 
 
 @_kernel('grad_out u delta A B C D z bias states end grad_u grad_delta grad_A grad_B grad_C grad_D grad_bias '
-         'grad_z scratch')
+         'grad_z scratch acc')
 def scan_backward(
         grad_out, u, delta, A, B, C, D, z, bias, states, end,
-        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z, scratch,
+        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z, scratch, acc,
         E, N, H, W, L, pad, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, per_c, slots_b, slots_c,
-        K, KS, codes, n_batch, part_stride, part_b, part_c, n_saved, scratch_n, part_size,
+        K, KS, codes, BB, n_batch, part_stride, part_b, part_c, n_saved, scratch_n, part_size,
         g_b, g_e, g_h, g_w, u_b, u_e, u_h, u_w, d_b, d_k, d_e, d_h, d_w, a_k, a_e, a_n,
         b_b, b_k, b_g, b_n, b_h, b_w, c_b, c_k, c_g, c_n, c_h, c_w, D_k, D_e, bias_k, bias_e, z_b, z_e, z_h, z_w, h_n,
         gu_b, gu_e, gu_h, gu_w, gd_b, gd_k, gd_e, gd_h, gd_w, gb_b, gb_k, gb_g, gb_n, gb_h, gb_w,
         gc_b, gc_k, gc_g, gc_n, gc_h, gc_w, gz_b, gz_e, gz_h, gz_w,
-        BB: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, CR: tl.constexpr, CW: tl.constexpr,
+        KM: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, CR: tl.constexpr, CW: tl.constexpr,
         CL: tl.constexpr, T: tl.constexpr, PART: tl.constexpr, SAVE: tl.constexpr,
         B_CONST: tl.constexpr, C_CONST: tl.constexpr, B_VECTOR: tl.constexpr, C_VECTOR: tl.constexpr,
         FULL_N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
         HAS_END: tl.constexpr, UNIT_E: tl.constexpr, EVEN_E: tl.constexpr, INDEX64: tl.constexpr,
 ):
-    """One program: BE = CR CW CL channels of one group, one chunk of scan time, BB images in turn, one direction.
+    """One program: BE = CR CW CL channels of one group, one chunk of scan time, BB images in turn, and of each image KM
+    directions in turn, added up in `acc`: L BE float32 of the program's own, used again for every image, so that it
+    need never leave the cache. With KM = 1 and KS > 1 each direction writes its own float32 part of grad_u.
 
     Segments of SAVE steps, last one first. From the state saved at a segment's start: one pass forward that keeps, in
     the program's own scratch, the state before each part of PART steps; per part, last one first, one pass that keeps
@@ -568,10 +701,10 @@ def scan_backward(
     the adjoint.
     """
     pid = tl.program_id(0)
-    block = pid % n_blocks
-    c = (pid // n_blocks) % n_chunks
-    k0 = (pid // (n_blocks * n_chunks)) % KS
-    b_block = pid // (n_blocks * n_chunks * KS)
+    k0 = pid % KS
+    block = (pid // KS) % n_blocks
+    c = (pid // (KS * n_blocks)) % n_chunks
+    b_block = pid // (KS * n_blocks * n_chunks)
     group = block // blocks_per_group
     local = ((tl.arange(0, CR)[None, :, None, None, None] * CW + tl.arange(0, CW)[None, None, :, None, None]) * CL
              + tl.arange(0, CL)[None, None, None, None, :])
@@ -595,22 +728,25 @@ def scan_backward(
     scratch_p = scratch + pid.to(tl.int64) * (SAVE // PART) * part_size
     t_first = tl.maximum(c * chunk - pad, 0)
     t_last = tl.minimum((c + 1) * chunk - pad, L)
-    k = k0.to(tl.int64)
-    code = (codes >> (2 * k0)) & 3
-    a2 = tl.load(A + k * a_k + e * a_e + n * a_n, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
-    if HAS_D:
-        skip = tl.load(D + k * D_k + e * D_e, mask=mask_e, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias + k * bias_k + e * bias_e, mask=mask_e, other=0.0).to(tl.float32)
-    else:
-        shift = 0.0
-    sum_A = tl.zeros((NR, CR, CW, NL, CL), tl.float32)
-    sum_D = tl.zeros((1, CR, CW, 1, CL), tl.float32)
-    sum_bias = tl.zeros((1, CR, CW, 1, CL), tl.float32)
-    for b_in in tl.range(0, BB, disable_licm=True):
+    acc_p = acc + pid.to(tl.int64) * L * (CR * CW * CL)
+    for turn in tl.range(0, BB * KM, disable_licm=True):
+        b_in = turn // KM
+        kk = turn % KM
+        k = (k0 + kk).to(tl.int64)
+        code = (codes >> (2 * k0 + 2 * kk)) & 3
         b = (b_block * BB + b_in).to(tl.int64)
         # An image past the last one: no segment runs, and what is summed stays.
         live = b < n_batch
+        a2 = tl.load(A + k * a_k + e * a_e + n * a_n, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
+        if HAS_D:
+            skip = tl.load(D + k * D_k + e * D_e, mask=mask_e, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + k * bias_k + e * bias_e, mask=mask_e, other=0.0).to(tl.float32)
+        else:
+            shift = 0.0
+        sum_A = tl.zeros((NR, CR, CW, NL, CL), tl.float32)
+        sum_D = tl.zeros((1, CR, CW, 1, CL), tl.float32)
+        sum_bias = tl.zeros((1, CR, CW, 1, CL), tl.float32)
         g_p = grad_out + b * g_b
         u_p = u + b * u_b
         d_p = delta + b * d_b + k * d_k
@@ -648,8 +784,8 @@ def scan_backward(
             t_1 = tl.minimum((segment + 1) * SAVE - pad, t_last)
             n_groups = (t_1 - t_0 + T - 1) // T
             n_parts = (n_groups + GROUPS - 1) // GROUPS
-            h = tl.load(states + (((b * K + k) * n_saved + segment) * N * E + (n * h_n + e)), mask=tile_mask,
-                        other=0.0)
+            h = tl.load(states + (((b * K + k) * n_saved + segment) * N * E + (n * h_n + e)),
+                        mask=tile_mask & (segment > 0), other=0.0)
             for part in tl.range(0, n_parts - 1, disable_licm=True):
                 tl.store(scratch_p + part * part_size + tile, h, mask=tile_mask)
                 for g in tl.range(part * GROUPS, (part + 1) * GROUPS, disable_licm=True):
@@ -759,16 +895,29 @@ def scan_backward(
                             sum_bias += tl.where(ok, g_dt, 0.0)
                         _store(gd_p + (h_ * gd_h + w_ * gd_w) + e_gd, g_dt, mask_e, EVEN_E)
                         at = h_ * gu_h + w_ * gu_w
-                        _store(gu_p + at + e_gu, gx, mask_e, EVEN_E)
+                        if KM > 1:
+                            acc_at = acc_p + (h_ * W + w_) * (CR * CW * CL) + local
+                            gx += tl.load(acc_at, mask=mask_e & (kk > 0), other=0.0)
+                            tl.store(acc_at, gx, mask=mask_e & (kk < KM - 1))
+                            tl.store(gu_p + at + e_gu, gx.to(grad_u.dtype.element_ty), mask=mask_e & (kk == KM - 1))
+                        else:
+                            _store(gu_p + at + e_gu, gx, mask_e, EVEN_E)
                         h = before
         row = (b * n_chunks + c) * K + k
         if B_CONST:
             tl.store(grad_B + (row * N * E + (n * h_n + e)), sum_B, mask=tile_mask & live)
         if C_CONST:
             tl.store(grad_C + (row * N * E + (n * h_n + e)), sum_C, mask=tile_mask & live)
-    row = (b_block.to(tl.int64) * n_chunks + c) * K + k
-    tl.store(grad_A + (row * N * E + (n * h_n + e)), sum_A, mask=tile_mask)
-    if HAS_D:
-        tl.store(grad_D + row * E + e, sum_D, mask=mask_e)
-    if HAS_BIAS:
-        tl.store(grad_bias + row * E + e, sum_bias, mask=mask_e)
+        # Added to what the program's earlier images left there.
+        more = b_in > 0
+        sums = (b_block.to(tl.int64) * n_chunks + c) * K + k
+        at_A = grad_A + (sums * N * E + (n * h_n + e))
+        tl.store(at_A, sum_A + tl.load(at_A, mask=tile_mask & more, other=0.0), mask=tile_mask)
+        if HAS_D:
+            at_D = grad_D + sums * E + e
+            tl.store(at_D, sum_D + tl.load(at_D, mask=mask_e & more, other=0.0), mask=mask_e)
+        if HAS_BIAS:
+            at_bias = grad_bias + sums * E + e
+            tl.store(at_bias, sum_bias + tl.load(at_bias, mask=mask_e & more, other=0.0), mask=mask_e)
+        # The next turn reads what this one's threads wrote: `acc` and the sums.
+        tl.debug_barrier()

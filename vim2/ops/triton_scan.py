@@ -2,12 +2,14 @@
 
 The kernels are in `triton_kernels`; `docs/op.md` tells the algorithm and why the parallel axes are chosen as they are.
 """
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
-from typing import Dict, List, Optional, Sequence, Tuple
+import threading
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -57,34 +59,64 @@ class Plan:
     """How the work is cut.
 
     Args:
-        merge: a program of the forward scans all K directions in turn and adds them up; else, and always in the
-            backward, each direction is a program of its own, which writes its own float32 part, and a second kernel
-            adds the parts up.
+        merge: a program of the forward scans all K directions in turn and adds them up; else each direction is a
+            program of its own, which writes its own float32 part, and a second kernel adds the parts up.
         chunk: steps of scan time per program, a multiple of SAVE; a scan of several chunks takes a pass before the main
             one that finds what enters each chunk.
         batch: images per program of the backward: the partial sums of A's gradient are written once per program.
+        together: programs of a forward that runs all directions of a block of channels in lockstep and adds them up in
+            a scratch in the cache, used again image after image; 0: the forward is as `merge` says.
+        turns: a program of the backward takes all K directions in turn and adds up the gradient of u in a scratch in
+            the cache; else each direction is a program of its own.
+        width: channels per program of the forward; 0: as many of 32, 64, 128 as divide the channels of a group.
+        warps: warps per program of the backward, each of 8 or 16 channels; 0: by the channels of a group.
     """
     merge: bool
     chunk: int
     batch: int = 1
+    together: int = 0
+    turns: bool = False
+    width: int = 0
+    warps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a plan depends on: multiprocessors and bytes of the last-level cache."""
+    processors: int
+    cache: int
+
+
+# Infinity Cache, which PyTorch does not report: what it calls the L2 cache are 4 MB per chiplet.
+_CACHES = {'gfx942': 256 << 20, 'gfx950': 256 << 20}
 
 
 @functools.lru_cache(maxsize=None)
-def _processors(device: torch.device) -> int:
+def _device(device: torch.device) -> Device:
     if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        arch = getattr(properties, 'gcnArchName', '').split(':')[0]
+        return Device(properties.multi_processor_count, _CACHES.get(arch, properties.L2_cache_size))
     if device.type == 'xpu':
-        return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 1
+        properties = torch.xpu.get_device_properties(device)
+        return Device(properties.gpu_subslice_count, getattr(properties, 'last_level_cache_size', 16 << 20))
+    return Device(1, 32 << 20)
 
 
-def make_plan(batch: int, directions: int, channels: int, length: int, processors: int) -> Plan:
-    """The plan for a shape on a device with that many multiprocessors.
+TOGETHER = 32    # channels per program of the forward with the directions in lockstep: a warp per direction
+# Of the last-level cache, what the maps that are read or added to more than once may take: the rest is for what streams
+# through it.
+CACHE_SHARE = 0.8
 
-    Directions are merged where images x channels alone fill the device, kept apart where they do not, and the scan is
-    chunked only if even the directions apart leave most of it idle: a chunked scan computes every decay twice.
+
+def make_plan(batch: int, directions: int, channels: int, length: int, device: Device, size: int = 2) -> Plan:
+    """The plan for a shape on a device, with `size` bytes per element of u.
+
+    Directions share one program where images x channels fill the device and the maps in flight fit its cache; they are
+    apart where they do not, and the scan is chunked only if even the directions apart leave most of the device idle: a
+    chunked scan computes every decay twice.
     """
-    want = LANES_PER_PROCESSOR * processors
+    want = LANES_PER_PROCESSOR * device.processors
     lanes = batch * channels
     merge = directions == 1 or 2 * lanes >= want
     if not merge:
@@ -94,16 +126,106 @@ def make_plan(batch: int, directions: int, channels: int, length: int, processor
         chunks = min(-(-want // lanes), length // (2 * SAVE))
         chunk = -(-length // (chunks * SAVE)) * SAVE
         merge = directions == 1
+    together, turns, chunked = 0, False, chunk < length
+    share = CACHE_SHARE * device.cache
+    if directions > 1 and not chunked:
+        # Programs per multiprocessor: 12 warps, fewer if their maps, u and a float32 sum, would not fit.
+        per_program = TOGETHER * length * (size + 4)
+        resident = min(12 // directions, int(share // (device.processors * per_program)))
+        together = min(resident * device.processors, batch * -(-channels // TOGETHER))
     # Short scans: A's gradient is one write of N floats per program and channel, so let a program take several images.
     images = max(1, min(batch, 512 // max(length, 1)))
     while images > 1 and batch * channels * directions // images < want:
         images //= 2
-    return Plan(merge, chunk, images)
+    # The backward has about 8 warps per multiprocessor, of 16 channels each.
+    slots = 128 * device.processors
+    if (directions > 1 and not chunked and batch * channels >= slots
+            and slots * length * (2 * size + 4) <= share):
+        turns, images = True, min(batch, -(-batch * channels // slots))
+    return Plan(merge, chunk, images, together, turns)
 
 
 def _plan(u: Tensor, directions: int) -> Plan:
     batch, channels, height, width = u.shape
-    return make_plan(batch, directions, channels, height * width, _processors(u.device))
+    return make_plan(batch, directions, channels, height * width, _device(u.device), u.element_size())
+
+
+# Autotuning ---------------------------------------------------------------------------------------------------------
+
+AUTOTUNE_ENV = 'VIM2_SCAN_AUTOTUNE'
+MIN_STEPS = 1 << 22  # channels x steps x directions of a call below which the launch, not the plan, sets its time
+_tuned: Dict[tuple, Dict[str, object]] = {}
+
+
+def plan_grid(plan: Plan, channels: int, directions: int, length: int, backward: bool) -> List[Dict[str, object]]:
+    """The changes of a plan that are tried, the plan itself first: at most 4 forward and 3 backward.
+
+    Each is one more kernel to compile, 5 s forward and 15 s backward. `channels` are those of a group.
+    """
+    chunked = plan.chunk < length
+    if backward:
+        grid = [{}, dict(warps=4)] if channels >= 256 else [{}, dict(warps=2)]
+        return grid + ([dict(turns=not plan.turns, batch=1)] if directions > 1 and not chunked else [])
+    if directions > 1 and not chunked:
+        grid = [dict(together=0, merge=True), dict(together=0, merge=False)]
+        return [{}] + (grid if plan.together else [dict(merge=not plan.merge)])
+    return [{}] + [dict(width=width) for width in (32, 64, 128) if width <= channels][:3]
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of one run on the device, after one that compiles."""
+    module = getattr(torch, device.type)
+    run()
+    times = []
+    for _ in range(5):
+        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return sorted(times)[2]
+
+
+def autotuning(u: Tensor, directions: int) -> bool:
+    """Whether a call is worth, and allows, trying several plans.
+
+    Not in the interpreter, in a trace or a graph capture, nor where torch.use_deterministic_algorithms or
+    VIM2_SCAN_AUTOTUNE=0 ask for the same plan in every process: plans differ in the order of float sums.
+    """
+    if (u.device.type not in DEVICES or interpreting() or getattr(_tracing, 'on', False)
+            or torch.are_deterministic_algorithms_enabled() or os.environ.get(AUTOTUNE_ENV, '1') == '0'):
+        return False
+    if u.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+        return False
+    return u.numel() * directions >= MIN_STEPS
+
+
+def tuned_plan(run: Callable[[Plan], object], u: Tensor, A: Tensor, B: Tensor, directions: List[int], gated: bool,
+               backward: bool, seconds: Callable[[Callable[[], object], torch.device], float] = _seconds) -> Plan:
+    """The fastest of `plan_grid` for this device, dtype, states, directions and shape, batch and length to powers of 2.
+
+    Measured at the first call and kept for the process, so that a process computes the same bits every time.
+    """
+    batch, channels, height, width = u.shape
+    plan = _plan(u, len(directions))
+    rounded = tuple(_power_of_two(n) for n in (batch, height, width))
+    key = (backward, u.device, u.dtype, A.shape[2], B.shape[2], tuple(directions), channels, *rounded, u.stride(1) == 1,
+           gated, plan.chunk < height * width, bool(plan.together), plan.turns)
+    if key not in _tuned:
+        best = None
+        for change in plan_grid(plan, channels // B.shape[2], len(directions), height * width, backward):
+            candidate = dataclasses.replace(plan, **change)
+            try:
+                taken = seconds(lambda candidate=candidate: run(candidate), u.device)
+            except torch.OutOfMemoryError:
+                continue  # the outputs of a trial are there beside those of the call itself
+            if best is None or taken < best[0]:
+                best = taken, change
+        if best is None:
+            return plan
+        _tuned[key] = best[1]
+    return dataclasses.replace(plan, **_tuned[key])
 
 
 def _power_of_two(n: int) -> int:
@@ -118,7 +240,10 @@ def _alignment(t: Tensor, unit: int, limit: int) -> int:
     if t.stride(unit) != 1:
         return 0
     steps = [s for i, s in enumerate(t.stride()) if i != unit % t.dim() and t.shape[i] > 1]
-    offset = 0 if t.device.type == 'meta' else t.data_ptr() // t.element_size() % limit
+    if t.device.type == 'meta' or getattr(_tracing, 'on', False):
+        offset = t.storage_offset() % limit  # there is no address yet; what is allocated is aligned to 16 bytes
+    else:
+        offset = t.data_ptr() // t.element_size() % limit
     return math.gcd(limit, offset, *steps)
 
 
@@ -139,14 +264,17 @@ class _Scan:
         self.K, self.N, self.L = len(directions), A.shape[2], u.shape[2] * u.shape[3]
         self.NP = _power_of_two(self.N)
         self.codes = sum(code << (2 * k) for k, code in enumerate(directions))
-        if self.plan.chunk % SAVE:
-            raise ValueError(f'the chunk must be a multiple of {SAVE}, got {self.plan.chunk}')
+        if self.plan.chunk % SAVE or self.plan.chunk < 1:
+            raise ValueError(f'the chunk must be a positive multiple of {SAVE}, got {self.plan.chunk}')
         # A tensor (..., 1, 1) over a longer scan is constant: loaded once, and its gradient summed over the scan.
         self.b_const, self.c_const = (t.shape[-2:] != u.shape[-2:] or self.L == 1 for t in (B, C))
         groups = [t.shape[2] for t, const in ((B, self.b_const), (C, self.c_const)) if not const]
         self.groups = math.lcm(*groups) if groups else 1
         self.width = self.E // self.groups
         self.n_chunks = -(-self.L // self.plan.chunk)
+        if self.n_chunks > 1 and self.K > 1 and (self.plan.merge or self.plan.together or self.plan.turns):
+            raise ValueError(f'directions cannot share a program where the scan of {self.L} steps is cut into chunks '
+                             f'of {self.plan.chunk}')
         # Sequences with time contiguous in memory are read as tiles of a few steps.
         self.T = 8 if u.element_size() == 2 and self.NP <= 16 else 4
         self.time_vector = 0
@@ -203,10 +331,27 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
+_tracing = threading.local()
+
+
+@contextlib.contextmanager
+def traced():
+    """Launches within become nodes of the graph that is being traced (`torch.library.wrap_triton`)."""
+    before, _tracing.on = getattr(_tracing, 'on', False), True
+    try:
+        yield
+    finally:
+        _tracing.on = before
+
+
 def _launch(kernel: str, programs: int, *args, **constants) -> None:
     """The one place that launches a kernel; tools/kernel_report.py records here what would run."""
     from . import triton_kernels
-    run = getattr(triton_kernels, kernel)[(programs,)]
+    function = getattr(triton_kernels, kernel)
+    if getattr(_tracing, 'on', False):
+        torch.library.wrap_triton(function)[(programs,)](*args, **constants)
+        return
+    run = function[(programs,)]
     if args[0].is_cuda:
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on the tensors'
             run(*args, **constants)
@@ -222,6 +367,8 @@ def _add_up(parts: Tensor, out: Tensor, count: int) -> None:
 
 def _width(scan: '_Scan') -> Tuple[int, int]:
     """Channels per program and warps of the kernels that keep a channel per lane."""
+    if scan.plan.width:
+        return scan.plan.width, max(1, scan.plan.width // 32)
     width = 32
     while width < 128 and 2 * width <= scan.width and scan.width % (2 * width) == 0:
         width *= 2
@@ -258,6 +405,29 @@ def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Ten
     return ends
 
 
+def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
+    """The forward of K > 1 directions in lockstep, in a few programs that each take image after image."""
+    u, B, C, D, z = scan.u, scan.B, scan.C, scan.D, scan.z
+    per_group, n_blocks = scan.blocks(TOGETHER)
+    tasks = scan.batch * n_blocks
+    programs = min(scan.plan.together, tasks)
+    directions = _power_of_two(scan.K)
+    sums = u.new_empty((programs, scan.L, TOGETHER), dtype=torch.float32)
+    flags = {k: v for k, v in scan.flags.items() if not k.endswith('_CONST')}
+    _launch(
+        'scan_together', programs,
+        u, scan.delta, scan.A, B, C, u if D is None else D, u if z is None else z,
+        u if scan.bias is None else scan.bias,
+        sums, out, last, states,
+        scan.E, scan.N, scan.H, scan.W, scan.L, tasks, n_blocks, per_group, scan.width,
+        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE),
+        **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
+        KP=directions, NP=scan.NP, BE=TOGETHER, T=4, R=16, SAVE=SAVE,
+        B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None,
+        WANT_LAST=last.numel() > 0, SAVE_STATES=states.numel() > 0, UNIT_E=scan.unit_e and out.stride(1) == 1,
+        INDEX64=scan.index64(out), **flags, num_warps=directions)
+
+
 def forward(
         u: Tensor,
         delta: Tensor,
@@ -280,11 +450,18 @@ def forward(
         out (B, E, H, W) in u's dtype and layout, the last states (B, K, E, N) float32 or an empty tensor, and the saved
         states (`states_shape`) or an empty tensor.
     """
+    if plan is None and autotuning(u, len(directions)):
+        plan = tuned_plan(lambda p: forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+                                            want_last_state, save_states, plan=p),
+                          u, A, B, directions, z is not None, False)
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan)
     out = _like(u)
     # An operator may not return one tensor twice: an empty one each.
     last = u.new_empty((scan.batch, scan.K, scan.E, scan.N) if want_last_state else (0,), dtype=torch.float32)
     states = u.new_empty(states_shape(u, A, B, C) if save_states else (0,), dtype=torch.float32)
+    if scan.plan.together and scan.K > 1 and not (scan.b_const or scan.c_const):
+        _together(scan, out, last, states)
+        return out, last, states
     start = _chunk_states(scan, u, False, None) if scan.n_chunks > 1 else None
 
     merged = scan.K == 1 or scan.plan.merge
@@ -326,9 +503,12 @@ def _backward_layout(scan: '_Scan') -> Dict[str, int]:
     lanes = min(scan.NP, 4 if scan.NP <= 16 else 8)
     registers = scan.NP // lanes
     per_lane = 2 if registers <= 4 else 1
-    warps = 4
-    while warps > 1 and warps * per_lane * (32 // lanes) > scan.width:
-        warps //= 2
+    warps, span = scan.plan.warps, per_lane * (32 // lanes)
+    if not warps:
+        # Fewer programs along the channels write fewer partial sums of the gradients of B and C.
+        warps = 8 if -(-scan.width // (8 * span)) * 2 == -(-scan.width // (4 * span)) else 4
+        while warps > 1 and warps * span > scan.width:
+            warps //= 2
     return dict(NR=registers, NL=lanes, CR=per_lane, CW=warps, CL=32 // lanes, T=4, PART=PART)
 
 
@@ -350,6 +530,10 @@ def backward(
         plan: Optional[Plan] = None,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias; an empty tensor for each that is absent. Deterministic."""
+    if plan is None and autotuning(u, len(directions)):
+        plan = tuned_plan(lambda p: backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
+                                             delta_softplus, directions, plan=p),
+                          u, A, B, directions, z is not None, True)
     grad_z = u.new_empty(0) if z is None else _like(z)
     if z is not None and len(directions) > 1:
         # The gate multiplies the sum over directions, which no single pass has: one more forward finds it.
@@ -370,7 +554,8 @@ def backward(
     elif end is not None:
         end = end.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
 
-    apart = scan.K > 1
+    turns = scan.plan.turns and scan.K > 1
+    apart = scan.K > 1 and not turns
     grad_u, grad_delta = _like(u), _like(delta)
     parts_u = _parts(grad_u, scan.K) if apart else grad_u
     layout = _backward_layout(scan)
@@ -391,8 +576,9 @@ def backward(
     sum_A = u.new_empty(sums + (scan.N, scan.E), dtype=torch.float32)
     sum_D = u.new_empty(sums + (scan.E,) if D is not None else (0,), dtype=torch.float32)
     sum_bias = u.new_empty(sums + (scan.E,) if delta_bias is not None else (0,), dtype=torch.float32)
-    programs = b_blocks * scan.K * scan.n_chunks * n_blocks
+    programs = b_blocks * (1 if turns else scan.K) * scan.n_chunks * n_blocks
     scratch = u.new_empty((programs, SAVE // PART, scan.N, width), dtype=torch.float32)
+    acc = u.new_empty((programs, scan.L, width) if turns else (0,), dtype=torch.float32)
     unit = scan.unit_e and all(t is None or t.stride(d) == 1 for t, d in (
         (grad_out, 1), (grad_u, 1), (grad_delta, 2), (grad_z if z is not None else None, 1)))
     _launch(
@@ -400,16 +586,16 @@ def backward(
         grad_out, u, delta, A, B, C, u if D is None else D, u if z is None else z,
         u if delta_bias is None else delta_bias,
         states, states if end is None else end,
-        parts_u, grad_delta, sum_A, parts_B, parts_C, sum_D, sum_bias, grad_u if z is None else grad_z, scratch,
+        parts_u, grad_delta, sum_A, parts_B, parts_C, sum_D, sum_bias, grad_u if z is None else grad_z, scratch, acc,
         scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
         scan.width,
-        scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K, scan.K,
-        scan.codes,
+        scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
+        1 if turns else scan.K, scan.codes, images,
         scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE),
         width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
-        BB=images, **layout, SAVE=SAVE,
+        KM=scan.K if turns else 1, **layout, SAVE=SAVE,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
         HAS_D=D is not None, HAS_END=end is not None, UNIT_E=unit, EVEN_E=scan.width % width == 0,
         INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
