@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError,
     RevisionNotFoundError)
 from hub_server import File
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from timm.models._hub import save_for_hf
 
 import vim2
@@ -568,6 +568,24 @@ def test_manifest_of_the_package(root):
     assert row_of(table, 'vim2_nano_patch2_32.cifar10') == ['3.7 MB', 'apache-2.0', entries[
         'vim2_nano_patch2_32.cifar10'].data, 'top-1 75.20 %', 'the package']
     assert len(vim2.list_pretrained('nothing*')) == 0
+
+
+def test_bundled_forecaster(tmp_path, monkeypatch):
+    """By its name, like the others; and compared with the manifest, like the others."""
+    name = 'tsm2.ETTh1-96'
+    folder = pretrained.WEIGHTS_DIR / name
+    model = vim2.hub.load(name)
+    assert isinstance(model, TSM2) and not model.training and model.horizon == 96
+    weights = load_file(folder / 'model.safetensors')
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    shutil.copytree(folder, tmp_path / name)
+    monkeypatch.setattr(pretrained, 'WEIGHTS_DIR', tmp_path)
+    assert vim2.hub.load(name)
+    data = bytearray((tmp_path / name / 'model.safetensors').read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name / 'model.safetensors').write_bytes(data)
+    with pytest.raises(RuntimeError, match=r'is not what the manifest of vim2 \(tsm2.ETTh1-96\) lists'):
+        vim2.hub.load(name)
 
 
 def row_of(table, name):

@@ -66,7 +66,7 @@ def card_of(text):
 
 # ------------------------------------------------------------------------------------------- runs of tools/train.py
 
-def test_push_and_use_in_other_processes(hub_server, run_folder, npz_dir, tmp_path, tool, tool_process, root, hub):
+def test_push_and_use_in_other_processes(run_folder, npz_dir, tmp_path, tool, tool_process, root, hub):
     """The whole way in processes of their own: push, and run the card's own example from a fresh cache."""
     done = tool_process('push_to_hub', run_folder, '--repo', REPO, *measured(npz_dir), '--json', cwd=tmp_path,
                         **hub_environment(hub, tmp_path / 'home', **{'HF_TOKEN': 'hf_owner'}))

@@ -144,8 +144,9 @@ class _Table(List[Weights]):
         rows = [('name', 'size', 'licence', 'data', 'result', 'from')]
         for w in self:
             m = w.metric
+            value = f'{m["value"]:.2f} %' if m.get('unit') == '%' else f'{m["value"]:.4g} {m.get("unit", "")}'.rstrip()
             rows.append((w.name, f'{w.size / 1e6:.1f} MB', w.license, w.data,
-                         f'{m["name"]} {m["value"]:.2f} {m.get("unit", "")}'.strip(), w.repo or 'the package'))
+                         f'{m["name"]} {value}', w.repo or 'the package'))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
