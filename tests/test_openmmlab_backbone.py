@@ -1,6 +1,5 @@
 """ViM2 in MMDetection and MMSegmentation: the backbone, its optimizer, its weights, and every config."""
 import copy
-import functools
 import json
 import math
 import re
@@ -374,17 +373,11 @@ def samples(scope, mask, size=64):
     return dict(inputs=inputs, data_samples=data_samples)
 
 
-@functools.lru_cache(maxsize=None)
-def exercise(text, scope):
-    """Build a config's model, train it for a step and predict; once for configs that differ in the schedule only.
-
-    Returns its numbers of parameters by part.
-    """
+def exercise(cfg, scope):
+    """Build a model, train it for a step and predict. Returns its numbers of parameters by part."""
     torch.manual_seed(0)
-    cfg = json.loads(text)
-    cfg.setdefault('data_preprocessor', {})
-    if cfg['data_preprocessor'].get('size'):
-        cfg['data_preprocessor']['size'] = (64, 64)
+    if cfg.data_preprocessor.get('size'):
+        cfg.data_preprocessor.size = (64, 64)
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(cfg)).train()
         data = samples(scope, mask='mask' in str(cfg.get('roi_head', '')))
@@ -408,13 +401,20 @@ def exercise(text, scope):
                     assert tuple(found.masks.shape) == (len(found.bboxes), height, width)
             else:
                 assert result.pred_sem_seg.data.shape == (1, height, width)
-                assert result.seg_logits.data.shape[0] == cfg['decode_head']['num_classes']
+                assert result.seg_logits.data.shape[0] == cfg.decode_head.num_classes
     return {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
 
 
+EXERCISED = {}
+
+
 def parameters(name):
+    """Of a config's model, after it was exercised; once for configs that differ in the schedule only."""
     cfg = load_config(name)
-    return exercise(json.dumps(cfg.model.to_dict()), cfg.default_scope)
+    key = repr(cfg.model.to_dict())
+    if key not in EXERCISED:
+        EXERCISED[key] = exercise(cfg.model, cfg.default_scope)
+    return EXERCISED[key]
 
 
 @pytest.mark.parametrize('name', CONFIGS)
