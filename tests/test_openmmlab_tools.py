@@ -94,6 +94,7 @@ train_dataloader = dict(sampler=dict(shuffle=False), dataset=dict(pipeline=[
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='Resize', scale=(96, 64)),
     dict(type='PackSegInputs')]))
 optim_wrapper = dict(clip_grad=None, optimizer=dict(_delete_=True, type='SGD', lr=0.05, weight_decay=0.))
+param_scheduler = None
 load_from = {start!r}
 """
 
@@ -147,7 +148,7 @@ def test_two_processes_are_one_with_the_whole_batch(tool, root, camvid, tmp_path
     result = tool('train_openmmlab', config, '--work-dir', one, *options, 'train_dataloader.batch_size=4')
     assert result.code == 0, result.err[-2000:]
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0',
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
          str(root / 'tools' / 'train_openmmlab.py'), config, '--launcher', 'pytorch', '--work-dir', two, *options,
          'train_dataloader.batch_size=2'],
         text=True, capture_output=True, cwd=tmp_path, timeout=300,

@@ -81,7 +81,7 @@ def build_runner(cfg):
             raise UserError('--launcher pytorch is for processes that torchrun starts: torchrun --nproc-per-node N '
                             'tools/train_openmmlab.py … --launcher pytorch')
         torch.distributed.init_process_group('gloo')
-        wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+        wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
                        find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.setdefault('model_wrapper_cfg', wrapper)
         cfg.model = replace_type(cfg.model, 'SyncBN', 'BN')
