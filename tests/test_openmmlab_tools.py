@@ -249,6 +249,30 @@ def test_checkpoint_that_would_run_code(tool, tmp_path):
         assert 'code from a checkpoint ran' not in result.out
 
 
+class Method:
+    def __call__(self):
+        raise AssertionError
+
+    def __reduce__(self):
+        from mmengine.logging import HistoryBuffer
+        return getattr, (HistoryBuffer, '__init__')
+
+
+class Sly:
+    """Only names that a checkpoint of mmengine has too, put together to call something."""
+
+    def __reduce__(self):
+        return Method(), ('self', 'log_history')
+
+
+def test_checkpoint_that_would_run_code_by_allowed_names(tool, camvid, tmp_path, monkeypatch):
+    monkeypatch.setenv('CAMVID_ROOT', str(camvid))
+    torch.save(dict(state_dict={}, meta=Sly()), tmp_path / 'sly.pth')
+    result = tool('test_openmmlab', SEGMENTER, tmp_path / 'sly.pth', '--work-dir', tmp_path)
+    assert result.code == 2, result.err[-2000:]
+    assert 'the checkpoint holds what cannot be read without running code' in result.err.splitlines()[-1]
+
+
 # --- real data --------------------------------------------------------------------------------------------------------
 
 def build_dataset(cfg):
