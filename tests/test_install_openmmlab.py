@@ -2,6 +2,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -152,7 +153,6 @@ def test_wheel_that_does_not_work_is_not_kept(args, tmp_path, no_packages):
 
 def test_interrupted_build_leaves_nothing(root, tmp_path):
     """SIGTERM while the compilers run: they end, and the cache is empty."""
-    import signal
     marker = tmp_path / 'pid'
     setup = f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)\n"
     sdist = make_sdist(tmp_path / 'a.tar.gz', setup)
@@ -163,7 +163,8 @@ def test_interrupted_build_leaves_nothing(root, tmp_path):
             '_common.run(t.main)\n')
     process = subprocess.Popen(
         [sys.executable, '-c', code, '--device', 'cpu', '--sdist', str(sdist), '--cache', str(tmp_path / 'cache')],
-        cwd=root / 'tools', stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        cwd=root / 'tools', stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as in a shell's background job
     for _ in range(600):
         if marker.exists() and marker.read_text():
             break

@@ -94,6 +94,7 @@ train_dataloader = dict(sampler=dict(shuffle=False), dataset=dict(pipeline=[
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='Resize', scale=(96, 64)),
     dict(type='PackSegInputs')]))
 optim_wrapper = dict(clip_grad=None, optimizer=dict(_delete_=True, type='SGD', lr=0.05, weight_decay=0.))
+param_scheduler = None
 load_from = {start!r}
 """
 
@@ -147,7 +148,7 @@ def test_two_processes_are_one_with_the_whole_batch(tool, root, camvid, tmp_path
     result = tool('train_openmmlab', config, '--work-dir', one, *options, 'train_dataloader.batch_size=4')
     assert result.code == 0, result.err[-2000:]
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0',
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
          str(root / 'tools' / 'train_openmmlab.py'), config, '--launcher', 'pytorch', '--work-dir', two, *options,
          'train_dataloader.batch_size=2'],
         text=True, capture_output=True, cwd=tmp_path, timeout=300,
@@ -246,6 +247,30 @@ def test_checkpoint_that_would_run_code(tool, tmp_path):
         result = tool('test_openmmlab', SEGMENTER, tmp_path / file, '--work-dir', tmp_path)
         assert result.code == 2 and re.search(message, result.err), result.err[-500:]
         assert 'code from a checkpoint ran' not in result.out
+
+
+class Method:
+    def __call__(self):
+        raise AssertionError
+
+    def __reduce__(self):
+        from mmengine.logging import HistoryBuffer
+        return getattr, (HistoryBuffer, '__init__')
+
+
+class Sly:
+    """Only names that a checkpoint of mmengine has too, put together to call something."""
+
+    def __reduce__(self):
+        return Method(), ('self', 'log_history')
+
+
+def test_checkpoint_that_would_run_code_by_allowed_names(tool, camvid, tmp_path, monkeypatch):
+    monkeypatch.setenv('CAMVID_ROOT', str(camvid))
+    torch.save(dict(state_dict={}, meta=Sly()), tmp_path / 'sly.pth')
+    result = tool('test_openmmlab', SEGMENTER, tmp_path / 'sly.pth', '--work-dir', tmp_path)
+    assert result.code == 2, result.err[-2000:]
+    assert 'the checkpoint holds what cannot be read without running code' in result.err.splitlines()[-1]
 
 
 # --- real data --------------------------------------------------------------------------------------------------------

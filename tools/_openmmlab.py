@@ -1,6 +1,7 @@
 """What train_openmmlab.py and test_openmmlab.py share: the config of the command line, and mmengine's Runner for it."""
 import argparse
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any, Callable
@@ -50,19 +51,14 @@ def load_config(args: argparse.Namespace):
 
 def check_checkpoint(path: str) -> None:
     """Refuse a file that torch.load could not read without running code, which mmengine would then do."""
-    from mmengine.logging import HistoryBuffer
     if path.startswith(('http://', 'https://')):
         raise UserError(f'{path}: download it and give its path')
     if not os.path.isfile(path):
         raise UserError(f'there is no checkpoint {path}')
-    import numpy as np
-    from numpy._core.multiarray import _reconstruct, scalar
-    # what mmengine itself saves beside the weights: its history of losses
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, HistoryBuffer.__dict__['mean'], np.ndarray, np.dtype, _reconstruct, scalar, getattr,
-        *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_))])
+    from mmengine.runner.checkpoint import get_torch_safe_globals
     try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals(get_torch_safe_globals()):  # mmengine's history of losses
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, EOFError) as e:
         raise UserError(f'cannot read the checkpoint {path}: {common.one_line(e, 200)}') from None
     if unsafe:
@@ -81,7 +77,7 @@ def build_runner(cfg):
             raise UserError('--launcher pytorch is for processes that torchrun starts: torchrun --nproc-per-node N '
                             'tools/train_openmmlab.py … --launcher pytorch')
         torch.distributed.init_process_group('gloo')
-        wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+        wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
                        find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.setdefault('model_wrapper_cfg', wrapper)
         cfg.model = replace_type(cfg.model, 'SyncBN', 'BN')
@@ -93,6 +89,9 @@ def build_runner(cfg):
 
 def execute(action: Callable[[], Any]) -> Any:
     """Train or test; mistakes in what the config names are one line, everything else keeps its traceback."""
+    force = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # where that fails, mmengine would read a checkpoint by running its code
+    before = os.environ.get(force)
+    os.environ[force] = '1'
     try:
         return action()
     except Exception as e:  # mmengine re-raises what a class raises, as many types
@@ -101,7 +100,15 @@ def execute(action: Callable[[], Any]) -> Any:
             raise UserError(f"{common.one_line(cause)} (data belongs where the config's data_root says)") from e
         if re.search('keys do not match|No pretrained weights are published|write init_cfg=', str(cause)):
             raise UserError(common.one_line(cause, 1000)) from e
+        if isinstance(cause, pickle.UnpicklingError):
+            raise UserError(f'the checkpoint holds what cannot be read without running code: '
+                            f'{common.one_line(cause, 200)}') from e
         raise
+    finally:
+        if before is None:
+            del os.environ[force]
+        else:
+            os.environ[force] = before
 
 
 def _first(e: BaseException) -> BaseException:

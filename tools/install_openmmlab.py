@@ -370,7 +370,7 @@ def main() -> None:
     if wheel:
         print(f'from the cache: {wheel}')
     else:
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends as Ctrl-C does: what was begun is removed
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was begun is removed
         wheel = build(args, cache, device)
         print(f'kept in the cache: {wheel}')
     pip('install', '--force-reinstall', '--no-deps', str(wheel), what=f'install {wheel}')

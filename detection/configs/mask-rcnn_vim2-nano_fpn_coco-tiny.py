@@ -37,29 +37,19 @@ annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
 pack = dict(type='PackDetInputs', meta_keys=meta_keys)
 train_pipeline = [load, annotations, resize, pack]
 test_pipeline = [load, resize, annotations, pack]  # predictions are compared at the image's own size
+dataset = dict(
+    type='CocoDataset', data_root=data_root, ann_file='annotations/instances_train2017.json',
+    data_prefix=dict(img='images/train2017/'), indices=indices)
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_train2017.json',
-        data_prefix=dict(img='images/train2017/'),
-        indices=indices,
-        pipeline=train_pipeline))
+    dataset=dict(pipeline=train_pipeline, **dataset))
 val_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_train2017.json',
-        data_prefix=dict(img='images/train2017/'),
-        test_mode=True,
-        indices=indices,
-        pipeline=test_pipeline))
+    dataset=dict(pipeline=test_pipeline, test_mode=True, **dataset))
 test_dataloader = val_dataloader
 # Without ann_file: the ground truth is that of the chosen images, not of the whole file.
 val_evaluator = dict(type='CocoMetric', metric=['bbox', 'segm'])

@@ -57,18 +57,14 @@ train_dataloader = dict(
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         data_prefix=dict(img_path='train/images', seg_map_path='train/masks'), pipeline=train_pipeline, **dataset))
+evaluation = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False))
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        data_prefix=dict(img_path='val/images', seg_map_path='val/masks'), pipeline=test_pipeline, **dataset))
+    dataset=dict(data_prefix=dict(img_path='val/images', seg_map_path='val/masks'), pipeline=test_pipeline, **dataset),
+    **evaluation)
 test_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        data_prefix=dict(img_path='test/images', seg_map_path='test/masks'), pipeline=test_pipeline, **dataset))
+        data_prefix=dict(img_path='test/images', seg_map_path='test/masks'), pipeline=test_pipeline, **dataset),
+    **evaluation)
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], ignore_index=unlabelled)
 test_evaluator = val_evaluator
 
