@@ -320,3 +320,33 @@ def test_norm_layer(norm_layer):
     for mixer in (SelectiveTokenMixer(8, norm_layer=norm_layer), SelectiveChannelMixer(8, norm_layer=norm_layer)):
         assert isinstance(mixer.out_norm, norm_layer)
         assert mixer(torch.randn(1, 4, 4, 8)).shape == (1, 4, 4, 8)
+
+
+@pytest.mark.parametrize('build', [SelectiveTokenMixer, SelectiveChannelMixer])
+def test_gated_norm_is_recomputed(build, monkeypatch):
+    """The mixers keep neither the normalised sum of the scans nor the activated gate; gradients stay the same."""
+    torch.manual_seed(0)
+    mixer, x = build(16), torch.randn(2, 9, 9, 16, requires_grad=True)
+    leaves = [x, *mixer.parameters()]
+
+    def run():
+        saved = {}
+
+        def pack(t):
+            saved[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = mixer(x)
+        held = sum(t.untyped_storage().nbytes() for t in saved.values())
+        saved.clear()
+        return held, torch.autograd.grad(out.square().sum(), leaves)
+
+    held, grads = run()
+    for module in ('token_mixer', 'channel_mixer'):
+        monkeypatch.setattr(f'vim2.layers.{module}.recomputed', lambda fn, *args: fn(*args))
+    held_without, grads_without = run()
+    full = 2 * 9 * 9 * mixer.inner_dim * 4  # bytes of one inner map
+    assert held_without - held >= 3 * full  # the normalised map, the activated gate, their product
+    for a, b in zip(grads, grads_without):
+        torch.testing.assert_close(a, b)
