@@ -370,9 +370,12 @@ def compile_launch(launch: Launch, target: str):
             attributes[(i,)] = [['tt.divisibility', 16]]
         else:
             signature[parameter.name] = 'i64' if abs(value) >= 2 ** 31 else 'i32'
+    options = {'num_warps': launch.warps}
+    if target.startswith('sm_') and launch.kernel in triton_scan.MAX_REGISTERS:
+        options['maxnreg'] = triton_scan.MAX_REGISTERS[launch.kernel]
     start = time.perf_counter()
     kernel = triton.compile(ASTSource(fn=function, signature=signature, constexprs=launch.constants, attrs=attributes),
-                            target=GPUTarget(*TARGETS[target]), options={'num_warps': launch.warps})
+                            target=GPUTarget(*TARGETS[target]), options=options)
     return kernel, time.perf_counter() - start
 
 
@@ -584,7 +587,7 @@ def _key(launch: Launch, target: str) -> str:
     types = {k: str(v.dtype) if isinstance(v, torch.Tensor) else abs(v) >= 2 ** 31
              for k, v in launch.arguments.items()}
     parts = (Path(triton_kernels.__file__).read_text(), CODE_READER, triton.__version__, launch.kernel,
-             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target)
+             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target, triton_scan.MAX_REGISTERS)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

@@ -331,6 +331,8 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
+# Registers per thread that ptxas may use. Left to itself it aims at three programs per multiprocessor and spills.
+MAX_REGISTERS = {'scan_backward': 255}
 _tracing = threading.local()
 
 
@@ -353,6 +355,8 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
         return
     run = function[(programs,)]
     if args[0].is_cuda:
+        if torch.version.hip is None and kernel in MAX_REGISTERS:
+            constants['maxnreg'] = MAX_REGISTERS[kernel]
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on the tensors'
             run(*args, **constants)
     else:
