@@ -351,6 +351,10 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
     from . import triton_kernels
     function = getattr(triton_kernels, kernel)
     if getattr(_tracing, 'on', False):
+        if args[0].is_cuda and torch.version.hip is None and kernel in MAX_REGISTERS:
+            import triton  # a limit of registers reaches Inductor only as part of a configuration
+            function = triton.autotune([triton.Config({}, num_warps=constants.pop('num_warps'),
+                                                      maxnreg=MAX_REGISTERS[kernel])], key=[])(function)
         torch.library.wrap_triton(function)[(programs,)](*args, **constants)
         return
     run = function[(programs,)]
@@ -599,7 +603,7 @@ def backward(
         width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
-        KM=scan.K if turns else 1, **layout, SAVE=SAVE,
+        KM=scan.K if turns else 1, ONCE=images == 1 and not turns, **layout, SAVE=SAVE,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
         HAS_D=D is not None, HAS_END=end is not None, UNIT_E=unit, EVEN_E=scan.width % width == 0,
         INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
