@@ -693,8 +693,8 @@ def scan_backward(
 ):
     """One program: BE = CR CW CL channels of one group, one chunk of scan time, BB images in turn, and of each image KM
     directions in turn, added up in `acc`: L BE float32 of the program's own, used again for every image, so that it
-    need never leave the cache; ONCE says that all this is one turn. With KM = 1 and KS > 1 each direction writes its own
-    float32 part of grad_u.
+    need never leave the cache; ONCE says that all this is one turn. With KM = 1 and KS > 1 each direction writes its
+    own float32 part of grad_u.
 
     Segments of SAVE steps, last one first. From the state saved at a segment's start: one pass forward that keeps, in
     the program's own scratch, the state before each part of PART steps; per part, last one first, one pass that keeps
