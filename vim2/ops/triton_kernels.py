@@ -237,7 +237,7 @@ def scan_forward(
         for t in range(t_first, t_last, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
-                    tl.store(states + ((row + t // SAVE) * N * E + (n[:, None] * h_n + e[None, :])), h, mask=tile_mask)
+                    tl.store(states + ((row + t // SAVE - 1) * N * E + (n[:, None] * h_n + e[None, :])), h, mask=tile_mask)
             us = ()
             ds = ()
             zs = ()
@@ -420,7 +420,7 @@ def scan_together(
         for t in range(0, L, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):
-                    tl.store(states + (((b * K + k) * n_saved + t // SAVE) * N * E + e)[None, :, :] + n * h_n, h,
+                    tl.store(states + (((b * K + k) * n_saved + t // SAVE - 1) * N * E + e)[None, :, :] + n * h_n, h,
                              mask=tile_mask)
             us = ()
             ds = ()
@@ -785,7 +785,7 @@ def scan_backward(
             t_1 = tl.minimum((segment + 1) * SAVE - pad, t_last)
             n_groups = (t_1 - t_0 + T - 1) // T
             n_parts = (n_groups + GROUPS - 1) // GROUPS
-            h = tl.load(states + (((b * K + k) * n_saved + segment) * N * E + (n * h_n + e)),
+            h = tl.load(states + (((b * K + k) * n_saved + segment - 1) * N * E + (n * h_n + e)),
                         mask=tile_mask & (segment > 0), other=0.0)
             for part in tl.range(0, n_parts - 1, disable_licm=True):
                 tl.store(scratch_p + part * part_size + tile, h, mask=tile_mask)

@@ -49,9 +49,14 @@ def missing(tensors: Sequence[Tensor]) -> Optional[str]:
     return None
 
 
-def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int, int, int, int, int]:
-    """Shape of the states that the forward saves: (B, K, segments, N, E), one before each SAVE steps of a scan."""
-    return u.shape[0], A.shape[0], -(-u.shape[2] * u.shape[3] // SAVE), A.shape[2], u.shape[1]
+def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
+    """Shape of the states that the forward saves, (B, K, segments - 1, N, E) and two zeros, flattened.
+
+    One before each segment of SAVE steps but the first, where it is zero. One dimension that is never 0 or 1, because
+    torch.export fixes a dimension that happens to be.
+    """
+    segments = -(-u.shape[2] * u.shape[3] // SAVE)
+    return (u.shape[0] * A.shape[0] * (segments - 1) * A.shape[2] * u.shape[1] + 2,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +433,7 @@ def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
         u if scan.bias is None else scan.bias,
         sums, out, last, states,
         scan.E, scan.N, scan.H, scan.W, scan.L, tasks, n_blocks, per_group, scan.width,
-        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE),
+        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE) - 1,
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
         KP=directions, NP=scan.NP, BE=TOGETHER, T=4, R=16, SAVE=SAVE,
         B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None,
@@ -467,6 +472,7 @@ def forward(
     # An operator may not return one tensor twice: an empty one each.
     last = u.new_empty((scan.batch, scan.K, scan.E, scan.N) if want_last_state else (0,), dtype=torch.float32)
     states = u.new_empty(states_shape(u, A, B, C) if save_states else (0,), dtype=torch.float32)
+    states[-2:] = 0.0
     if scan.plan.together and scan.K > 1 and not (scan.b_const or scan.c_const):
         _together(scan, out, last, states)
         return out, last, states
@@ -488,7 +494,7 @@ def forward(
         scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
         scan.width,
         scan.E // B.shape[2], scan.E // C.shape[2], scan.K, 1 if merged else scan.K, scan.codes,
-        0 if merged else out.numel(), -(-scan.L // SAVE),
+        0 if merged else out.numel(), -(-scan.L // SAVE) - 1,
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
         KM=scan.K if merged else 1, NP=scan.NP, BE=width, T=scan.T, SAVE=SAVE,
         B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None, HAS_START=start is not None,
@@ -599,7 +605,7 @@ def backward(
         scan.width,
         scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
         1 if turns else scan.K, scan.codes, images,
-        scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE),
+        scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE) - 1,
         width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
