@@ -237,7 +237,8 @@ def scan_forward(
         for t in range(t_first, t_last, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
-                    tl.store(states + ((row + t // SAVE - 1) * N * E + (n[:, None] * h_n + e[None, :])), h, mask=tile_mask)
+                    tl.store(states + ((row + t // SAVE - 1) * N * E + (n[:, None] * h_n + e[None, :])), h,
+                             mask=tile_mask)
             us = ()
             ds = ()
             zs = ()
