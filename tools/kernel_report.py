@@ -371,8 +371,9 @@ def compile_launch(launch: Launch, target: str):
         else:
             signature[parameter.name] = 'i64' if abs(value) >= 2 ** 31 else 'i32'
     options = {'num_warps': launch.warps}
-    if target.startswith('sm_') and launch.kernel in triton_scan.MAX_REGISTERS:
-        options['maxnreg'] = triton_scan.MAX_REGISTERS[launch.kernel]
+    registers = triton_scan.max_registers(launch.kernel, launch.constants.get('NP'))
+    if target.startswith('sm_') and registers is not None:
+        options['maxnreg'] = registers
     start = time.perf_counter()
     kernel = triton.compile(ASTSource(fn=function, signature=signature, constexprs=launch.constants, attrs=attributes),
                             target=GPUTarget(*TARGETS[target]), options=options)
@@ -587,7 +588,8 @@ def _key(launch: Launch, target: str) -> str:
     types = {k: str(v.dtype) if isinstance(v, torch.Tensor) else abs(v) >= 2 ** 31
              for k, v in launch.arguments.items()}
     parts = (Path(triton_kernels.__file__).read_text(), CODE_READER, triton.__version__, launch.kernel,
-             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target, triton_scan.MAX_REGISTERS)
+             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target,
+             triton_scan.max_registers(launch.kernel, launch.constants.get('NP')))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

@@ -336,8 +336,17 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
-# Registers per thread that ptxas may use. Left to itself it aims at three programs per multiprocessor and spills.
-MAX_REGISTERS = {'scan_backward': 255}
+def max_registers(kernel: str, states: Optional[int]) -> Optional[int]:
+    """Registers per thread that ptxas may use; None: as it likes. `states` is N rounded up to a power of two.
+
+    Left to itself it spills in the backward to fit three programs of 4 warps on a multiprocessor, and in the forward
+    takes more than lets the three fit that the plan counts on.
+    """
+    if kernel == 'scan_backward':
+        return 255
+    return 168 if kernel == 'scan_together' and states <= 16 else None
+
+
 _tracing = threading.local()
 
 
@@ -355,17 +364,20 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
     """The one place that launches a kernel; tools/kernel_report.py records here what would run."""
     from . import triton_kernels
     function = getattr(triton_kernels, kernel)
+    registers = None
+    if args[0].is_cuda and torch.version.hip is None:
+        registers = max_registers(kernel, constants.get('NP'))
     if getattr(_tracing, 'on', False):
-        if args[0].is_cuda and torch.version.hip is None and kernel in MAX_REGISTERS:
+        if registers is not None:
             import triton  # a limit of registers reaches Inductor only as part of a configuration
             function = triton.autotune([triton.Config({}, num_warps=constants.pop('num_warps'),
-                                                      maxnreg=MAX_REGISTERS[kernel])], key=[])(function)
+                                                      maxnreg=registers)], key=[])(function)
         torch.library.wrap_triton(function)[(programs,)](*args, **constants)
         return
     run = function[(programs,)]
     if args[0].is_cuda:
-        if torch.version.hip is None and kernel in MAX_REGISTERS:
-            constants['maxnreg'] = MAX_REGISTERS[kernel]
+        if registers is not None:
+            constants['maxnreg'] = registers
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on the tensors'
             run(*args, **constants)
     else:
