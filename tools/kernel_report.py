@@ -371,7 +371,7 @@ def compile_launch(launch: Launch, target: str):
         else:
             signature[parameter.name] = 'i64' if abs(value) >= 2 ** 31 else 'i32'
     options = {'num_warps': launch.warps}
-    registers = triton_scan.max_registers(launch.kernel, launch.constants.get('NP'))
+    registers = triton_scan.max_registers(launch.kernel)
     if target.startswith('sm_') and registers is not None:
         options['maxnreg'] = registers
     start = time.perf_counter()
@@ -589,7 +589,7 @@ def _key(launch: Launch, target: str) -> str:
              for k, v in launch.arguments.items()}
     parts = (Path(triton_kernels.__file__).read_text(), CODE_READER, triton.__version__, launch.kernel,
              sorted(types.items()), sorted(launch.constants.items()), launch.warps, target,
-             triton_scan.max_registers(launch.kernel, launch.constants.get('NP')))
+             triton_scan.max_registers(launch.kernel))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

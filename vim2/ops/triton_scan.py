@@ -134,9 +134,10 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     together, turns, chunked = 0, False, chunk < length
     share = CACHE_SHARE * device.cache
     if directions > 1 and not chunked:
-        # Programs per multiprocessor: 12 warps, fewer if their maps, u and a float32 sum, would not fit.
+        # Programs per multiprocessor: 8 warps, which fit whatever registers the compiler takes, fewer if their maps, u
+        # and a float32 sum, would not fit the cache.
         per_program = TOGETHER * length * (size + 4)
-        resident = min(12 // directions, int(share // (device.processors * per_program)))
+        resident = min(8 // directions, int(share // (device.processors * per_program)))
         together = min(resident * device.processors, batch * -(-channels // TOGETHER))
     # Short scans: A's gradient is one write of N floats per program and channel, so let a program take several images.
     images = max(1, min(batch, 512 // max(length, 1)))
@@ -336,15 +337,10 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
-def max_registers(kernel: str, states: Optional[int]) -> Optional[int]:
-    """Registers per thread that ptxas may use; None: as it likes. `states` is N rounded up to a power of two.
-
-    Left to itself it spills in the backward to fit three programs of 4 warps on a multiprocessor, and in the forward
-    takes more than lets the three fit that the plan counts on.
-    """
-    if kernel == 'scan_backward':
-        return 255
-    return 168 if kernel == 'scan_together' and states <= 16 else None
+def max_registers(kernel: str) -> Optional[int]:
+    """Registers per thread that ptxas may use; None: as it likes, which in the backward is to spill so that three
+    programs of 4 warps fit on a multiprocessor."""
+    return 255 if kernel == 'scan_backward' else None
 
 
 _tracing = threading.local()
@@ -366,7 +362,7 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
     function = getattr(triton_kernels, kernel)
     registers = None
     if args[0].is_cuda and torch.version.hip is None:
-        registers = max_registers(kernel, constants.get('NP'))
+        registers = max_registers(kernel)
     if getattr(_tracing, 'on', False):
         if registers is not None:
             import triton  # a limit of registers reaches Inductor only as part of a configuration
