@@ -338,9 +338,9 @@ def _parts(t: Tensor, count: int) -> Tensor:
 
 
 def max_registers(kernel: str) -> Optional[int]:
-    """Registers per thread that ptxas may use; None: as it likes, which in the backward is to spill so that three
-    programs of 4 warps fit on a multiprocessor."""
-    return 255 if kernel == 'scan_backward' else None
+    """Registers per thread that ptxas may use; None: as it likes, which in the two largest kernels is to spill so that
+    three programs of 4 warps fit on a multiprocessor. The plans count on two."""
+    return 255 if kernel in ('scan_backward', 'scan_together') else None
 
 
 _tracing = threading.local()
