@@ -235,7 +235,7 @@ def test_plans():
     gpu = Device(132, 50 << 20)
     small = make_plan(128, 4, 768, 196, gpu)                # images and channels alone fill the device
     assert small.merge and small.chunk >= 196
-    assert small.together == 3 * 132 and small.turns        # and the maps in flight fit its cache
+    assert small.together == 2 * 132 and small.turns        # and the maps in flight fit its cache
     assert make_plan(128, 4, 384, 784, gpu).together == 2 * 132
     large = make_plan(8, 4, 192, 3136, gpu)
     assert not (large.merge or large.together or large.turns)

@@ -370,9 +370,13 @@ def compile_launch(launch: Launch, target: str):
             attributes[(i,)] = [['tt.divisibility', 16]]
         else:
             signature[parameter.name] = 'i64' if abs(value) >= 2 ** 31 else 'i32'
+    options = {'num_warps': launch.warps}
+    registers = triton_scan.max_registers(launch.kernel)
+    if target.startswith('sm_') and registers is not None:
+        options['maxnreg'] = registers
     start = time.perf_counter()
     kernel = triton.compile(ASTSource(fn=function, signature=signature, constexprs=launch.constants, attrs=attributes),
-                            target=GPUTarget(*TARGETS[target]), options={'num_warps': launch.warps})
+                            target=GPUTarget(*TARGETS[target]), options=options)
     return kernel, time.perf_counter() - start
 
 
@@ -584,7 +588,8 @@ def _key(launch: Launch, target: str) -> str:
     types = {k: str(v.dtype) if isinstance(v, torch.Tensor) else abs(v) >= 2 ** 31
              for k, v in launch.arguments.items()}
     parts = (Path(triton_kernels.__file__).read_text(), CODE_READER, triton.__version__, launch.kernel,
-             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target)
+             sorted(types.items()), sorted(launch.constants.items()), launch.warps, target,
+             triton_scan.max_registers(launch.kernel))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -601,7 +606,7 @@ def compile_row(name: str, launch: Launch, target: str) -> Dict[str, object]:
 
 
 def report_machine_code(targets: List[str], chosen: Dict[str, List[Launch]], log,
-                        resume: Optional[Path] = None) -> List[Dict[str, object]]:
+                        resume: Optional[Path] = None, compiling: bool = True) -> List[Dict[str, object]]:
     """Rows of all kernels of all variants; with `resume`, a folder, what an earlier run compiled is read from there."""
     rows = []
     for name, launch in distinct(chosen):
@@ -609,6 +614,8 @@ def report_machine_code(targets: List[str], chosen: Dict[str, List[Launch]], log
             path = None if resume is None else resume / f'{_key(launch, target)}.json'
             if path is not None and path.exists():
                 row = dict(json.loads(path.read_text()), variant=name)
+            elif not compiling:
+                continue
             else:
                 row = compile_row(name, launch, target)
                 if path is not None:
@@ -703,7 +710,7 @@ def main(argv=None) -> int:
     parser.add_argument('--targets', nargs='+', default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument('--variants', nargs='+', help='names or prefixes; default: all')
     parser.add_argument('--dtype', default='fp16', choices=list(DTYPES), help='of the roofline table (default: fp16)')
-    parser.add_argument('--no-compile', action='store_true', help='bytes only')
+    parser.add_argument('--no-compile', action='store_true', help='bytes only, and with --resume what it holds')
     parser.add_argument('--json', type=Path, help='write everything here too')
     parser.add_argument('--resume', type=Path, metavar='FOLDER',
                         help='keep every finished compilation in this folder, and read from there what is unchanged')
@@ -717,8 +724,8 @@ def main(argv=None) -> int:
     chosen = {k: v for k, v in variants().items() if not args.variants or k.startswith(tuple(args.variants))}
     if args.resume is not None:
         args.resume.mkdir(parents=True, exist_ok=True)
-    rows = [] if args.no_compile else report_machine_code(args.targets, chosen, lambda line: print(line, flush=True),
-                                                          args.resume)
+    rows = [] if args.no_compile and args.resume is None else report_machine_code(
+        args.targets, chosen, lambda line: print(line, flush=True), args.resume, not args.no_compile)
     table = roofline(args.dtype, rows)
     print(_roofline_table(table))
     if args.table:

@@ -237,7 +237,8 @@ def scan_forward(
         for t in range(t_first, t_last, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
-                    tl.store(states + ((row + t // SAVE) * N * E + (n[:, None] * h_n + e[None, :])), h, mask=tile_mask)
+                    tl.store(states + ((row + t // SAVE - 1) * N * E + (n[:, None] * h_n + e[None, :])), h,
+                             mask=tile_mask)
             us = ()
             ds = ()
             zs = ()
@@ -420,7 +421,7 @@ def scan_together(
         for t in range(0, L, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):
-                    tl.store(states + (((b * K + k) * n_saved + t // SAVE) * N * E + e)[None, :, :] + n * h_n, h,
+                    tl.store(states + (((b * K + k) * n_saved + t // SAVE - 1) * N * E + e)[None, :, :] + n * h_n, h,
                              mask=tile_mask)
             us = ()
             ds = ()
@@ -685,7 +686,7 @@ def scan_backward(
         b_b, b_k, b_g, b_n, b_h, b_w, c_b, c_k, c_g, c_n, c_h, c_w, D_k, D_e, bias_k, bias_e, z_b, z_e, z_h, z_w, h_n,
         gu_b, gu_e, gu_h, gu_w, gd_b, gd_k, gd_e, gd_h, gd_w, gb_b, gb_k, gb_g, gb_n, gb_h, gb_w,
         gc_b, gc_k, gc_g, gc_n, gc_h, gc_w, gz_b, gz_e, gz_h, gz_w,
-        KM: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, CR: tl.constexpr, CW: tl.constexpr,
+        KM: tl.constexpr, ONCE: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, CR: tl.constexpr, CW: tl.constexpr,
         CL: tl.constexpr, T: tl.constexpr, PART: tl.constexpr, SAVE: tl.constexpr,
         B_CONST: tl.constexpr, C_CONST: tl.constexpr, B_VECTOR: tl.constexpr, C_VECTOR: tl.constexpr,
         FULL_N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -693,7 +694,8 @@ def scan_backward(
 ):
     """One program: BE = CR CW CL channels of one group, one chunk of scan time, BB images in turn, and of each image KM
     directions in turn, added up in `acc`: L BE float32 of the program's own, used again for every image, so that it
-    need never leave the cache. With KM = 1 and KS > 1 each direction writes its own float32 part of grad_u.
+    need never leave the cache; ONCE says that all this is one turn. With KM = 1 and KS > 1 each direction writes its
+    own float32 part of grad_u.
 
     Segments of SAVE steps, last one first. From the state saved at a segment's start: one pass forward that keeps, in
     the program's own scratch, the state before each part of PART steps; per part, last one first, one pass that keeps
@@ -729,7 +731,7 @@ def scan_backward(
     t_first = tl.maximum(c * chunk - pad, 0)
     t_last = tl.minimum((c + 1) * chunk - pad, L)
     acc_p = acc + pid.to(tl.int64) * L * (CR * CW * CL)
-    for turn in tl.range(0, BB * KM, disable_licm=True):
+    for turn in tl.range(0, 1 if ONCE else BB * KM, disable_licm=True):
         b_in = turn // KM
         kk = turn % KM
         k = (k0 + kk).to(tl.int64)
@@ -784,7 +786,7 @@ def scan_backward(
             t_1 = tl.minimum((segment + 1) * SAVE - pad, t_last)
             n_groups = (t_1 - t_0 + T - 1) // T
             n_parts = (n_groups + GROUPS - 1) // GROUPS
-            h = tl.load(states + (((b * K + k) * n_saved + segment) * N * E + (n * h_n + e)),
+            h = tl.load(states + (((b * K + k) * n_saved + segment - 1) * N * E + (n * h_n + e)),
                         mask=tile_mask & (segment > 0), other=0.0)
             for part in tl.range(0, n_parts - 1, disable_licm=True):
                 tl.store(scratch_p + part * part_size + tile, h, mask=tile_mask)

@@ -49,9 +49,14 @@ def missing(tensors: Sequence[Tensor]) -> Optional[str]:
     return None
 
 
-def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int, int, int, int, int]:
-    """Shape of the states that the forward saves: (B, K, segments, N, E), one before each SAVE steps of a scan."""
-    return u.shape[0], A.shape[0], -(-u.shape[2] * u.shape[3] // SAVE), A.shape[2], u.shape[1]
+def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
+    """Shape of the states that the forward saves, (B, K, segments - 1, N, E) and two zeros, flattened.
+
+    One before each segment of SAVE steps but the first, where it is zero. One dimension that is never 0 or 1, because
+    torch.export fixes a dimension that happens to be.
+    """
+    segments = -(-u.shape[2] * u.shape[3] // SAVE)
+    return (u.shape[0] * A.shape[0] * (segments - 1) * A.shape[2] * u.shape[1] + 2,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +134,10 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     together, turns, chunked = 0, False, chunk < length
     share = CACHE_SHARE * device.cache
     if directions > 1 and not chunked:
-        # Programs per multiprocessor: 12 warps, fewer if their maps, u and a float32 sum, would not fit.
+        # Programs per multiprocessor: 8 warps, which fit whatever registers the compiler takes, fewer if their maps, u
+        # and a float32 sum, would not fit the cache.
         per_program = TOGETHER * length * (size + 4)
-        resident = min(12 // directions, int(share // (device.processors * per_program)))
+        resident = min(8 // directions, int(share // (device.processors * per_program)))
         together = min(resident * device.processors, batch * -(-channels // TOGETHER))
     # Short scans: A's gradient is one write of N floats per program and channel, so let a program take several images.
     images = max(1, min(batch, 512 // max(length, 1)))
@@ -331,6 +337,12 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
+def max_registers(kernel: str) -> Optional[int]:
+    """Registers per thread that ptxas may use; None: as it likes, which in the two largest kernels is to spill so that
+    three programs of 4 warps fit on a multiprocessor. The plans count on two."""
+    return 255 if kernel in ('scan_backward', 'scan_together') else None
+
+
 _tracing = threading.local()
 
 
@@ -348,11 +360,20 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
     """The one place that launches a kernel; tools/kernel_report.py records here what would run."""
     from . import triton_kernels
     function = getattr(triton_kernels, kernel)
+    registers = None
+    if args[0].is_cuda and torch.version.hip is None:
+        registers = max_registers(kernel)
     if getattr(_tracing, 'on', False):
+        if registers is not None:
+            import triton  # a limit of registers reaches Inductor only as part of a configuration
+            function = triton.autotune([triton.Config({}, num_warps=constants.pop('num_warps'),
+                                                      maxnreg=registers)], key=[])(function)
         torch.library.wrap_triton(function)[(programs,)](*args, **constants)
         return
     run = function[(programs,)]
     if args[0].is_cuda:
+        if registers is not None:
+            constants['maxnreg'] = registers
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on the tensors'
             run(*args, **constants)
     else:
@@ -420,7 +441,7 @@ def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
         u if scan.bias is None else scan.bias,
         sums, out, last, states,
         scan.E, scan.N, scan.H, scan.W, scan.L, tasks, n_blocks, per_group, scan.width,
-        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE),
+        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE) - 1,
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
         KP=directions, NP=scan.NP, BE=TOGETHER, T=4, R=16, SAVE=SAVE,
         B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None,
@@ -459,6 +480,7 @@ def forward(
     # An operator may not return one tensor twice: an empty one each.
     last = u.new_empty((scan.batch, scan.K, scan.E, scan.N) if want_last_state else (0,), dtype=torch.float32)
     states = u.new_empty(states_shape(u, A, B, C) if save_states else (0,), dtype=torch.float32)
+    states[-2:] = 0.0
     if scan.plan.together and scan.K > 1 and not (scan.b_const or scan.c_const):
         _together(scan, out, last, states)
         return out, last, states
@@ -480,7 +502,7 @@ def forward(
         scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
         scan.width,
         scan.E // B.shape[2], scan.E // C.shape[2], scan.K, 1 if merged else scan.K, scan.codes,
-        0 if merged else out.numel(), -(-scan.L // SAVE),
+        0 if merged else out.numel(), -(-scan.L // SAVE) - 1,
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
         KM=scan.K if merged else 1, NP=scan.NP, BE=width, T=scan.T, SAVE=SAVE,
         B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None, HAS_START=start is not None,
@@ -591,11 +613,11 @@ def backward(
         scan.width,
         scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
         1 if turns else scan.K, scan.codes, images,
-        scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE),
+        scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE) - 1,
         width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
-        KM=scan.K if turns else 1, **layout, SAVE=SAVE,
+        KM=scan.K if turns else 1, ONCE=images == 1 and not turns, **layout, SAVE=SAVE,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
         HAS_D=D is not None, HAS_END=end is not None, UNIT_E=unit, EVEN_E=scan.width % width == 0,
         INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
