@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+JOBS ?= 2
 SCAN_ARGS ?=
 BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
 
@@ -19,20 +21,26 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than Python 3.10: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): PyTorch is large, this takes some minutes"
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tools]'
 	@echo "compiling the CPU scan"
 	@$(PY) -c "import timm, torch, vim2; torch.set_grad_enabled(False); timm.create_model('vim2_nano_patch2_32').eval()(torch.zeros(1, 3, 32, 32))"
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@echo "installing what the tests need: neuralforecast, darts, ..."
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## classify a photograph with the bundled weights, offline
 	HF_HUB_OFFLINE=1 $(PY) tools/predict.py tools/assets/chelsea.jpg --annotate demo_output
 
-lint: $(STAMP)  ## ruff
+lint: $(DEV_STAMP)  ## ruff
 	$(PY) -m ruff check .
 
-test: lint  ## lint and all tests
+# JOBS processes of one thread each: most tests are bound by Python. A file stays in one process, for its fixtures.
+test: lint  ## lint and all tests, OpenMMLab's included, whose mmcv is built once (about 11 minutes)
 	$(PY) tools/install_openmmlab.py -c constraints.txt
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON
 	$(PY) tools/benchmark.py scan $(SCAN_ARGS) --json

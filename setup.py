@@ -17,7 +17,7 @@ EXTRAS = {
     'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'pyyaml>=6.0', 'tqdm>=4.60', 'neuralforecast>=3.3'],
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
-    'darts>=0.48', 'pytest>=8.0', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
+    'darts>=0.48', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
 CONFIGS = {'vim2.configs.detection': 'detection/configs', 'vim2.configs.segmentation': 'segmentation/configs'}
