@@ -533,22 +533,39 @@ def test_tsm2(hub, forecaster, forecaster_files, files):
     hub.requests.clear()
     assert same(TSM2.from_pretrained('org/tsm2', token='hf_reader'), forecaster, SERIES)
     assert not hub.seen(method='GET')
-    hub.fail(WEIGHTS, 'flip')
-    shutil.rmtree(constants.HF_HUB_CACHE)
-    with pytest.raises(RuntimeError, match='not what the Hub'):
-        vim2.hub.load('org/tsm2', token='hf_reader')
-    hub.commit('org/half', {**forecaster_files, 'model.safetensors': forecaster_files['model.safetensors'][:-10]})
-    with pytest.raises(RuntimeError, match='corrupt or truncated'):
-        vim2.hub.load('org/half')
-    hub.commit('org/mixed', {**forecaster_files, 'model.safetensors': files['model.safetensors']})
-    with pytest.raises(RuntimeError, match='Missing key|[Uu]nexpected'):
-        vim2.hub.load('org/mixed')
     hub.commit('org/strange', {**forecaster_files, 'config.json': b'{"num_variates": 3, "lookback": {}, "horizon": 8}'})
     with pytest.raises(RuntimeError, match='org/strange.*cannot make a TSM2'):
         vim2.hub.load('org/strange')
-    hub.commit('org/pickled', {'config.json': forecaster_files['config.json'], 'pytorch_model.bin': b'x'})
-    with pytest.raises(FileNotFoundError, match='can execute code'):
-        vim2.hub.load('org/pickled')
+
+
+@pytest.mark.parametrize('load', [vim2.hub.load, TSM2.from_pretrained], ids=['hub', 'mixin'])
+def test_bad_weights_of_tsm2(hub, forecaster, forecaster_files, files, load, tmp_path, monkeypatch):
+    hub.commit('org/tsm2', forecaster_files, private=True)
+    hub.fail(WEIGHTS, 'flip', times=1)
+    with pytest.raises(RuntimeError, match='not what the Hub'):
+        load('org/tsm2', token='hf_reader')
+    assert same(load('org/tsm2', token='hf_reader'), forecaster, SERIES)
+    hub.commit('org/half', {**forecaster_files, 'model.safetensors': forecaster_files['model.safetensors'][:-10]})
+    with pytest.raises(RuntimeError, match='corrupt or truncated'):
+        load('org/half')
+    hub.commit('org/mixed', {**forecaster_files, 'model.safetensors': files['model.safetensors']})
+    with pytest.raises(RuntimeError, match='Missing key|[Uu]nexpected'):
+        load('org/mixed')
+    buffer = io.BytesIO()
+    torch.save(forecaster.state_dict(), buffer)
+    pickled = {'config.json': forecaster_files['config.json'], 'pytorch_model.bin': buffer.getvalue()}
+    hub.commit('org/pickled', pickled)
+    write(tmp_path / 'pickled', pickled)
+    sources = ('org/pickled', tmp_path / 'pickled')
+    for source in sources:
+        with pytest.raises((FileNotFoundError, RuntimeError), match='has no model.safetensors.*can execute code'):
+            load(source)
+    monkeypatch.setenv('VIM2_ALLOW_PICKLE', '1')
+    for source in sources:
+        assert same(load(source), forecaster, SERIES)
+    write(tmp_path / 'empty', {'config.json': forecaster_files['config.json']})
+    with pytest.raises(FileNotFoundError, match='model.safetensors'):
+        load(tmp_path / 'empty')
 
 
 # ---------------------------------------------------------------------------------------------------------- manifest

@@ -78,10 +78,6 @@ def _load_folder(folder: Path, **kwargs: Any) -> nn.Module:
     family, config = _read_config(path, str(folder))
     if family == 'vim2':
         return _create(f'local-dir:{folder}', config, str(folder), **kwargs)
-    weights = folder / pretrained.SAFETENSORS
-    if not weights.is_file():
-        raise FileNotFoundError(f'{folder} has no {weights.name}')
-    pretrained.check_readable(weights, str(folder))
     return _create_tsm2(str(folder), str(folder), **kwargs)
 
 
@@ -96,7 +92,6 @@ def _load_repo(repo: str, revision: Optional[str], cache_dir, **kwargs: Any) -> 
     family, config = _read_config(path, where)
     if family == 'vim2':  # timm finds the files of this commit in the cache; _check_source fetches and verifies them
         return _create(f'hf-hub:{repo}@{commit}', config, where, cache_dir=cache_dir, **kwargs)
-    pretrained.fetch_weights(repo, commit, cache_dir=cache_dir)
     token = pretrained.current_token()
     return _create_tsm2(repo, where, revision=commit, cache_dir=cache_dir, token=token, **kwargs)
 
@@ -138,6 +133,6 @@ def _create(source: str, config: Dict[str, Any], where: str, **kwargs: Any) -> n
 def _create_tsm2(source: str, where: str, **kwargs: Any) -> nn.Module:
     from .models.tsm2 import TSM2
     try:
-        return TSM2.from_pretrained(source, strict=True, **kwargs).eval()
+        return TSM2.from_pretrained(source, **kwargs)
     except TypeError as e:
         raise RuntimeError(f'{where}: cannot make a TSM2 of its {CONFIG}: {e}') from e

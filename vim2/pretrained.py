@@ -240,11 +240,13 @@ def fetch(
         filename: str,
         revision: Optional[str] = None,
         cache_dir: Optional[Union[str, Path]] = None,
+        **download: Any,
 ) -> Tuple[Path, str]:
     """A file of a Hub repository, from the cache or downloaded, verified; and the commit that it is of.
 
     Honours what huggingface_hub does: HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME, … A file that fails the
-    verification is removed from the cache, so that the next call downloads it anew.
+    verification is removed from the cache, so that the next call downloads it anew. `download` are further arguments
+    of its hf_hub_download: force_download, local_files_only.
 
     Raises:
         huggingface_hub's own errors (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, …).
@@ -256,7 +258,7 @@ def fetch(
     for attempt in range(_RETRIES + 1):
         try:
             path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir,
-                                        token=current_token(), library_name='vim2'))
+                                        token=current_token(), library_name='vim2', **download))
             break
         except HfHubHTTPError as e:  # huggingface_hub retries the first request, not the download itself
             status = getattr(e.response, 'status_code', None)
@@ -287,6 +289,7 @@ def fetch_weights(
         revision: Optional[str] = None,
         filename: Optional[str] = None,
         cache_dir: Optional[Union[str, Path]] = None,
+        **download: Any,
 ) -> Tuple[Path, str]:
     """The weights of a Hub repository, `model.safetensors` or the file that its configuration names; see `fetch`.
 
@@ -297,17 +300,17 @@ def fetch_weights(
     where = f'{repo}@{revision}' if revision else repo
     if filename is None:
         try:
-            path, commit = fetch(repo, SAFETENSORS, revision, cache_dir)
+            path, commit = fetch(repo, SAFETENSORS, revision, cache_dir, **download)
         except LocalEntryNotFoundError:
             raise  # no network: nothing is known about the repository
         except EntryNotFoundError:
             if not pickle_allowed():
                 raise FileNotFoundError(f'{where} has no {SAFETENSORS}. {_HOW_TO_ALLOW}') from None
-            return fetch(repo, PICKLE, revision, cache_dir)
+            return fetch(repo, PICKLE, revision, cache_dir, **download)
     else:
         if not filename.endswith('.safetensors') and not pickle_allowed():
             raise RuntimeError(f'{where} names {filename!r} as its weights. {_HOW_TO_ALLOW}')
-        path, commit = fetch(repo, filename, revision, cache_dir)
+        path, commit = fetch(repo, filename, revision, cache_dir, **download)
     if path.suffix == '.safetensors':
         check_readable(path, where)
     return path, commit

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vim2.models import TSM2
+from vim2.pretrained import WEIGHTS_DIR, check_bundled
 from .data import Scaler, SeriesError, check_series, frequency, future_index, select_columns
 
 __all__ = ['Forecaster']
 
 _FILE = 'forecaster.json'
 _FORMAT = 1
-_WEIGHTS = Path(__file__).parent.parent / 'weights'
 
 
 class Forecaster:
@@ -74,6 +74,7 @@ class Forecaster:
             state = json.loads((folder / _FILE).read_text(encoding='utf-8'))
             # as TSM2.from_pretrained does, which prints
             model = TSM2(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
+            check_bundled(folder / 'model.safetensors')
             model.load_state_dict(load_file(folder / 'model.safetensors'))
             scaler = Scaler.from_dict(state['scaler'])
             if state['format'] != _FORMAT:
@@ -88,10 +89,10 @@ class Forecaster:
     @classmethod
     def bundled(cls, name: str) -> 'Forecaster':
         """One of the forecasters that come with the package, such as 'tsm2.ETTh1-96'."""
-        names = sorted(p.parent.name for p in _WEIGHTS.glob(f'*/{_FILE}'))
+        names = sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{_FILE}'))
         if name not in names:
             raise SeriesError(f'no folder and no bundled forecaster {name!r}: there is {", ".join(names) or "none"}')
-        return cls.load(_WEIGHTS / name)
+        return cls.load(WEIGHTS_DIR / name)
 
     def select(self, frame: pd.DataFrame, name: str = 'the series') -> pd.DataFrame:
         """The checked series, with this forecaster's columns in its order; further columns are left out."""

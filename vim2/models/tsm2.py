@@ -9,13 +9,16 @@ authors published neither code nor weights; docs/forecasting.md lists every deci
 
 Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
 """
-from typing import Optional, Set, Tuple
+import os
+from pathlib import Path
+from typing import Any, Optional, Set, Tuple, Union
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
+from vim2 import pretrained
 from vim2.layers import SelectiveTokenMixer, WeightedAverage
 
 __all__ = ['TSM2', 'InstanceNorm', 'VariateMlp']
@@ -128,7 +131,8 @@ class TSM2(
     """TSM2: MambaMixer for time series. (B, lookback, M) to (B, horizon, M).
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's: weights in model.safetensors, these
-    constructor arguments in config.json.
+    constructor arguments in config.json. Loading verifies the weights and refuses pickle files (vim2/pretrained.py);
+    keys that do not match are an error unless `strict=False` is given.
     """
 
     def __init__(
@@ -234,6 +238,26 @@ class TSM2(
         self.head_drop = nn.Dropout(head_drop_rate)
         self.head = nn.Linear(self.num_patches * d_model, horizon, **dd)
         self.blocks.apply(self._init_weights)
+
+    @classmethod
+    def _from_pretrained(
+            cls, *, model_id: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]], force_download: bool,
+            local_files_only: bool, token: Union[bool, str, None], map_location: str = 'cpu', strict: bool = True,
+            **model_kwargs: Any) -> 'TSM2':
+        """What `from_pretrained` calls with the arguments of config.json."""
+        model = cls(**model_kwargs)
+        if os.path.isdir(model_id):
+            folder = Path(model_id)
+            pretrained.check_folder(folder)
+            file = folder / pretrained.SAFETENSORS
+            if not file.is_file() and (folder / pretrained.PICKLE).is_file():
+                file = folder / pretrained.PICKLE
+        else:
+            with pretrained.access(token, pretrained.pickle_allowed()):
+                file, _ = pretrained.fetch_weights(model_id, revision, cache_dir=cache_dir,
+                                                   force_download=force_download, local_files_only=local_files_only)
+        load = cls._load_as_safetensor if file.suffix == '.safetensors' else cls._load_as_pickle
+        return load(model, str(file), map_location, strict)
 
     @staticmethod
     def _init_weights(m: nn.Module) -> None:
