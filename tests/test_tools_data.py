@@ -262,7 +262,7 @@ def test_posterize_keeps_upper_bits():
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 def test_recipes_parse(root):
-    recipes = sorted((root / 'tools' / 'recipes').glob('*.yaml'))
+    recipes = sorted(r for r in (root / 'tools' / 'recipes').glob('*.yaml') if r.stem != 'forecast')  # not of train.py
     assert {r.stem for r in recipes} >= {'imagenet_vim2', 'cifar10_nano'}
     for recipe in recipes:
         args, checkpoint = train.parse_args(['--config', str(recipe), '--data-dir', 'x'])
