@@ -57,7 +57,6 @@ def load(
             elif timm.is_model(entry.architecture):
                 return timm.create_model(name, pretrained=True, **kwargs).eval()
             else:
-                pretrained.check_bundled(entry.path)
                 return _load_folder(entry.path.parent, **kwargs)
         if os.path.isdir(name):
             if revision:

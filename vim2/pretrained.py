@@ -317,7 +317,7 @@ def fetch_weights(
 
 
 def check_folder(folder: Path) -> None:
-    """Raise if timm would read a damaged file or a pickle file from this folder (`local-dir:`)."""
+    """Raise if timm (`local-dir:`) or TSM2 would read a damaged file or a pickle file from this folder."""
     file = folder / SAFETENSORS
     if file.is_file():
         check_readable(file, str(folder))

@@ -250,6 +250,7 @@ class TSM2(
             folder = Path(model_id)
             pretrained.check_folder(folder)
             file = folder / pretrained.SAFETENSORS
+            pretrained.check_bundled(file)
             if not file.is_file() and (folder / pretrained.PICKLE).is_file():
                 file = folder / pretrained.PICKLE
         else:
