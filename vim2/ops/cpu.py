@@ -20,7 +20,6 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import cfunc, njit, types
 from torch import Tensor
 
@@ -36,8 +35,8 @@ LOG2E = np.float32(1.4426950408889634)
 LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
-STEPS = 32  # steps of the forward's own, smaller chunks: its tiles share the L1 cache with what it reads and writes
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
+FORWARD_OFFSETS = 8 * OFFSETS  # those of six tensors, rows and columns
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
 (NEXT_JOB, NEXT_WORKER, JOBS, DIRECTIONS, DIM, STATES, HEIGHT, WIDTH, GROUP_WIDTH, GROUP_BLOCKS, BLOCKS, PARTS,
@@ -108,16 +107,6 @@ def _offsets(tensor, rows, columns, steps, offsets):
         down &= offset == last - 4
         last = offset
     store_i64(offsets + 8 * CHUNK, 1 if up else -1 if down else 0)
-
-
-@_jit
-def _offsets_like(tensor, other, others, rows, columns, steps, offsets):
-    """:func:`_offsets`, or those of another tensor with the same strides; returns where they are."""
-    if (load_i64(tensor + STRIDE_H) == load_i64(other + STRIDE_H)
-            and load_i64(tensor + STRIDE_W) == load_i64(other + STRIDE_W)):
-        return others
-    _offsets(tensor, rows, columns, steps, offsets)
-    return offsets
 
 
 @_jit
@@ -221,6 +210,32 @@ def _load_lanes(origin, stride, lanes, target):
 
 
 @_jit
+def _load_weights(tensor, k, first, last, per_group, width, count, scale, target):
+    """A parameter of blocks first to last: per block `count` vectors of 16 channels times `scale`; 0 if there is none.
+
+    Its dimension E is the channels, N (if it has one) what the vectors of a block are for.
+    """
+    dtype, to_lane, to_vector = load_i64(tensor + DTYPE), load_i64(tensor + STRIDE_E), load_i64(tensor + STRIDE_N)
+    there = load_i64(tensor) != 0
+    for block in range(first, last):
+        group = block // per_group
+        i = (block - group * per_group) * LANES
+        lanes = min(LANES, width - i) if there else 0
+        origin = _origin(tensor, 0, k, 0, group * width + i)
+        for n in range(count):
+            source = origin + n * to_vector
+            if dtype == F32:
+                for lane in range(lanes):
+                    store_f32(target + 4 * lane, load_f32(source + lane * to_lane) * scale)
+            else:
+                for lane in range(lanes):
+                    store_f32(target + 4 * lane, load_as(dtype, source + lane * to_lane) * scale)
+            for lane in range(lanes, LANES):
+                store_f32(target + 4 * lane, ZERO)
+            target += VBYTES
+
+
+@_jit
 def _fill(target, count):
     for i in range(count):
         vstore(target + VBYTES * i, vset(ZERO))
@@ -246,9 +261,11 @@ def _silu_tile(tile, steps, slope):
 
 
 @_jit
-def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, decay, h, skip, at_u, view_u):
-    """The recurrence of one chunk and block: updates the states h (N, 16) and writes y (steps, 16)."""
-    d_skip = vload(skip)
+def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, decay, h, target, view_target):
+    """The recurrence of one chunk and block: updates the states h (N, 16), adds to y (steps, 16).
+
+    The last sum is stored at `target` if that is an address, else in y.
+    """
     n = 0
     while n + 4 <= states:
         o = VBYTES * n
@@ -256,6 +273,7 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
         a2, a3 = vload(decay + o + 2 * VBYTES), vload(decay + o + 3 * VBYTES)
         h0, h1 = vload(h + o), vload(h + o + VBYTES)
         h2, h3 = vload(h + o + 2 * VBYTES), vload(h + o + 3 * VBYTES)
+        direct = target != 0 and n + 4 == states
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
@@ -263,13 +281,9 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
             h1 = vfma(vexp2(vmul(d, a1)), h1, vmul(x, vbroadcast(b + 4)))
             h2 = vfma(vexp2(vmul(d, a2)), h2, vmul(x, vbroadcast(b + 8)))
             h3 = vfma(vexp2(vmul(d, a3)), h3, vmul(x, vbroadcast(b + 12)))
-            s = vfma(h1, vbroadcast(c + 4), vmul(h0, vbroadcast(c)))
+            s = vfma(h1, vbroadcast(c + 4), vfma(h0, vbroadcast(c), vload(y + VBYTES * t)))
             s = vfma(h3, vbroadcast(c + 12), vfma(h2, vbroadcast(c + 8), s))
-            if n == 0:
-                s = vfma(d_skip, vload(at_u + load_i64(view_u + 8 * t)), s)
-            else:
-                s = vadd(vload(y + VBYTES * t), s)
-            vstore(y + VBYTES * t, s)
+            vstore(target + load_i64(view_target + 8 * t) if direct else y + VBYTES * t, s)
         vstore(h + o, h0)
         vstore(h + o + VBYTES, h1)
         vstore(h + o + 2 * VBYTES, h2)
@@ -277,17 +291,37 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
         n += 4
     while n < states:
         a0, h0 = vload(decay + VBYTES * n), vload(h + VBYTES * n)
+        direct = target != 0 and n + 1 == states
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + load_i64(view_b + 8 * t) + 4 * n)))
-            s = vmul(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n))
-            if n == 0:
-                s = vfma(d_skip, vload(at_u + load_i64(view_u + 8 * t)), s)
-            else:
-                s = vadd(vload(y + VBYTES * t), s)
-            vstore(y + VBYTES * t, s)
+            s = vfma(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n), vload(y + VBYTES * t))
+            vstore(target + load_i64(view_target + 8 * t) if direct else y + VBYTES * t, s)
         vstore(h + VBYTES * n, h0)
         n += 1
+
+
+@njit(inline='always')
+def _moves_like(tensor, other):
+    """Whether two tensors have the same strides of height and width, and so the same offsets."""
+    return (load_i64(tensor + STRIDE_H) == load_i64(other + STRIDE_H)
+            and load_i64(tensor + STRIDE_W) == load_i64(other + STRIDE_W))
+
+
+@_jit
+def _forward_offsets(p, direction, start, steps, at):
+    """Offsets of u, delta, B, and those of out, C and z that have others, in a chunk: a table each, from `at`."""
+    rows, columns = at + 6 * OFFSETS, at + 7 * OFFSETS
+    _positions(p, direction, start, steps, rows, columns)
+    _offsets(p + U, rows, columns, steps, at)
+    _offsets(p + DELTA, rows, columns, steps, at + OFFSETS)
+    _offsets(p + B_, rows, columns, steps, at + 2 * OFFSETS)
+    if not _moves_like(p + OUT, p + U):
+        _offsets(p + OUT, rows, columns, steps, at + 3 * OFFSETS)
+    if not _moves_like(p + C_, p + B_):
+        _offsets(p + C_, rows, columns, steps, at + 4 * OFFSETS)
+    if load_i64(p + Z):
+        _offsets(p + Z, rows, columns, steps, at + 5 * OFFSETS)
 
 
 @_jit
@@ -297,24 +331,27 @@ def _forward(p, worker):
     width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
     dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
     groups = dim // width
-    chunks = (length + STEPS - 1) // STEPS
-    every, saves = CHUNK // STEPS, (length + CHUNK - 1) // CHUNK
+    chunks = (length + CHUNK - 1) // CHUNK
     u, delta, b_, c_, z, out = p + U, p + DELTA, p + B_, p + C_, p + Z, p + OUT
     per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
     part_blocks = (blocks + parts - 1) // parts
 
-    rows = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
-    columns = rows + OFFSETS
-    off_u, off_delta, own_out = rows + 2 * OFFSETS, rows + 3 * OFFSETS, rows + 4 * OFFSETS
-    off_b, own_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
-    identity, identity_rows = rows + 8 * OFFSETS, rows + 9 * OFFSETS
-    tile_u = rows + 10 * OFFSETS
+    now = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
+    then = now + FORWARD_OFFSETS  # those of the next chunk, whose first block is prefetched
+    identity = then + FORWARD_OFFSETS
+    identity_rows = identity + OFFSETS
+    tile_u = identity + 2 * OFFSETS
     tile_dt, tile_y, tile_x = tile_u + TILE, tile_u + 2 * TILE, tile_u + 3 * TILE
     rows_b = tile_u + 4 * TILE
     rows_c = rows_b + 4 * CHUNK * states
     h = rows_c + 4 * CHUNK * states
+    decay = h + VBYTES * part_blocks * states
+    skip = decay + VBYTES * part_blocks * states
+    bias = skip + VBYTES * part_blocks
 
     softplus = load_i64(p + SOFTPLUS)
+    table_out = 0 if _moves_like(out, u) else 3 * OFFSETS
+    table_c = 2 * OFFSETS if _moves_like(c_, b_) else 4 * OFFSETS
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
         store_i64(identity_rows + 8 * t, 4 * states * t)
@@ -327,20 +364,21 @@ def _forward(p, worker):
         last = min(first + part_blocks, blocks)
         for k in range(directions):
             direction = load_i64(p + ORDER + 8 * k)
-            decay = load_i64(p + A_) + VBYTES * states * (k * blocks + first)
-            skip = load_i64(p + D_) + VBYTES * (k * blocks + first)
-            bias = load_i64(p + BIAS) + VBYTES * (k * blocks + first)
+            _load_weights(p + A_, k, first, last, per_group, width, states, LOG2E, decay)
+            _load_weights(p + D_, k, first, last, per_group, width, 1, ONE, skip)
+            _load_weights(p + BIAS, k, first, last, per_group, width, 1, ONE, bias)
             _fill(h, (last - first) * states)
+            channel = first // per_group * width + first % per_group * LANES
+            first_u, first_delta = _origin(u, image, 0, 0, channel), _origin(delta, image, k, 0, channel)
+            first_out = _origin(out, image, 0, 0, channel)
+            _forward_offsets(p, direction, 0, min(CHUNK, length), now)
             for chunk in range(chunks):
-                steps = min(STEPS, length - chunk * STEPS)
-                _positions(p, direction, chunk * STEPS, steps, rows, columns)
-                _offsets(u, rows, columns, steps, off_u)
-                _offsets(delta, rows, columns, steps, off_delta)
-                off_out = _offsets_like(out, u, off_u, rows, columns, steps, own_out)
-                _offsets(b_, rows, columns, steps, off_b)
-                off_c = _offsets_like(c_, b_, off_b, rows, columns, steps, own_c)
-                if load_i64(z):
-                    _offsets(z, rows, columns, steps, off_z)
+                steps = min(CHUNK, length - chunk * CHUNK)
+                if chunk + 1 < chunks:
+                    _forward_offsets(p, direction, (chunk + 1) * CHUNK, min(CHUNK, length - (chunk + 1) * CHUNK), then)
+                off_u, off_delta, off_b, off_z = now, now + OFFSETS, now + 2 * OFFSETS, now + 5 * OFFSETS
+                off_out = now + table_out
+                off_c = now + table_c
                 loaded = -1
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
                 for block in range(first, last):
@@ -355,9 +393,9 @@ def _forward(p, worker):
                             b_, _origin(b_, image, k, group // per_b, 0), off_b, steps, states, rows_b, identity_rows)
                         at_c, view_c = _view_rows(
                             c_, _origin(c_, image, k, group // per_c, 0), off_c, steps, states, rows_c, identity_rows)
-                    if load_i64(p + SAVED) and chunk % every == 0:
+                    if load_i64(p + SAVED):
                         saved = load_i64(p + SAVED) + VBYTES * states * (
-                            ((image * directions + k) * saves + chunk // every) * blocks + block)
+                            ((image * directions + k) * chunks + chunk) * blocks + block)
                         for n in range(states):
                             vstore(saved + VBYTES * n, vload(state + VBYTES * n))
                     at_u, view_u = _view_tile(
@@ -365,23 +403,32 @@ def _forward(p, worker):
                     at_dt, view_dt = _view_tile(
                         delta, _origin(delta, image, k, 0, channel), off_delta, steps, lanes, tile_dt, identity)
                     origin = _origin(out, image, 0, 0, channel)
-                    ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
-                    b = vload(bias + VBYTES * (block - first))
+                    gate = load_i64(z) != 0 and k == directions - 1
+                    direct = lanes == LANES and load_i64(out + DTYPE) == F32 and load_i64(out + STRIDE_E) == 4
+                    # the next block's line of each step, or the next chunk's first one's
+                    ahead_u, ahead_dt, ahead_out, moves = at_u + VBYTES, at_dt + VBYTES, origin + VBYTES, 0
+                    if block + 1 == last:
+                        ahead_u, ahead_dt, ahead_out, moves = first_u, first_delta, first_out, then - now
+                    b, d = vload(bias + VBYTES * (block - first)), vload(skip + VBYTES * (block - first))
                     for t in range(steps):
                         to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
-                        prefetch(to_x + ahead)
-                        prefetch(to_dt + ahead)
-                        prefetch(origin + load_i64(off_out + 8 * t))
+                        to_out = origin + load_i64(off_out + 8 * t)
+                        prefetch(ahead_u + load_i64(off_u + moves + 8 * t))
+                        prefetch(ahead_dt + load_i64(off_delta + moves + 8 * t))
+                        prefetch(ahead_out + load_i64(off_out + moves + 8 * t))
                         x, dt = vload(to_x), vadd(vload(to_dt), b)
                         if softplus:
                             dt = _softplus(dt)
                         vstore(tile_dt + VBYTES * t, dt)
                         vstore(tile_x + VBYTES * t, vmul(x, dt))
+                        # the sum over directions so far is in the output itself
+                        vstore(tile_y + VBYTES * t,
+                               vfma(d, x, vload(to_out)) if direct and k > 0 else vmul(d, x))
                     _steps_forward(steps, states, tile_dt, tile_x, tile_y, at_b, view_b, at_c, view_c,
                                    decay + VBYTES * (block - first) * states, state,
-                                   skip + VBYTES * (block - first), at_u, view_u)
-                    if load_i64(z) and k == directions - 1:
-                        if k > 0:
+                                   origin if direct and not gate else 0, off_out)
+                    if gate:
+                        if k > 0 and not direct:
                             _load_tile(out, origin, off_out, steps, lanes, tile_u)
                             for t in range(0, VBYTES * steps, VBYTES):
                                 vstore(tile_y + t, vadd(vload(tile_y + t), vload(tile_u + t)))
@@ -390,8 +437,9 @@ def _forward(p, worker):
                         for t in range(0, VBYTES * steps, VBYTES):
                             vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_u + t)))
                         _store_tile(out, origin, off_out, steps, lanes, tile_y, False)
-                    else:
+                    elif not direct:
                         _store_tile(out, origin, off_out, steps, lanes, tile_y, k > 0)
+                now, then = then, now
             if load_i64(p + LAST):
                 target = p + LAST
                 for block in range(first, last):
@@ -557,6 +605,9 @@ def _backward(p, worker):
     sum_bias = sum_d + VBYTES * part_blocks
     carry = sum_bias + VBYTES * part_blocks
     sum_a = carry + VBYTES * part_blocks * states
+    decay = sum_a + VBYTES * part_blocks * states
+    skip = decay + VBYTES * part_blocks * states
+    bias = skip + VBYTES * part_blocks
 
     _fill(acc_b, 2 * CHUNK * states)
     softplus = load_i64(p + SOFTPLUS)
@@ -573,9 +624,9 @@ def _backward(p, worker):
         last = min(first + part_blocks, blocks)
         for k in range(directions):
             direction = load_i64(p + ORDER + 8 * k)
-            decay = load_i64(p + A_) + VBYTES * states * (k * blocks + first)
-            skip = load_i64(p + D_) + VBYTES * (k * blocks + first)
-            bias = load_i64(p + BIAS) + VBYTES * (k * blocks + first)
+            _load_weights(p + A_, k, first, last, per_group, width, states, LOG2E, decay)
+            _load_weights(p + D_, k, first, last, per_group, width, 1, ONE, skip)
+            _load_weights(p + BIAS, k, first, last, per_group, width, 1, ONE, bias)
             _fill(sum_d, 2 * part_blocks)
             _fill(sum_a, (last - first) * states)
             if load_i64(p + G_LAST):
@@ -798,18 +849,9 @@ def _describe(fields: np.ndarray, slot: int, t: Optional[Tensor], axes: str) -> 
         fields[at + _AXES[axis] // 8] = 0 if shape[i] == 1 else strides[i] * size
 
 
-def _by_block(t: Tensor, groups: int, width: int, group_blocks: int) -> Tensor:
-    """(K, E, ...) as float32 (K, blocks, ..., 16): what a block of 16 channels needs, as vectors; padded with 0."""
-    t = t.float().reshape(t.shape[0] * groups, width, *t.shape[2:])
-    missing = group_blocks * LANES - width
-    if missing:
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
-    return t.reshape(-1, LANES, *t.shape[2:]).movedim(1, -1).contiguous()
-
-
 def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of, scratch_of
-             ) -> Tuple[np.ndarray, List[Tensor], int, int]:
-    """Fields that both kernels share, memory of theirs that is to be kept alive, workers and parts."""
+             ) -> Tuple[np.ndarray, Tensor, int, int]:
+    """Fields that both kernels share, their scratch (to be kept alive), workers and parts."""
     batch, dim, height, width = u.shape
     states = A.shape[2]
     groups, group_width, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
@@ -828,16 +870,11 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of
         fields[at // 8] = value
     fields[ORDER // 8:ORDER // 8 + len(directions)] = directions
     for slot, t, axes in (
-            (U, u, 'behw'), (DELTA, delta, 'bkehw'), (B_, B, 'bkgnhw'), (C_, C, 'bkgnhw'), (Z, z, 'behw')):
+            (U, u, 'behw'), (DELTA, delta, 'bkehw'), (A_, A, 'ken'), (B_, B, 'bkgnhw'), (C_, C, 'bkgnhw'),
+            (D_, D, 'ke'), (Z, z, 'behw'), (BIAS, delta_bias, 'ke')):
         _describe(fields, slot, t, axes)
-    alive = [scratch, _by_block(A, groups, group_width, group_blocks) * float(LOG2E)]
-    fields[A_ // 8] = alive[-1].data_ptr()
-    for slot, t in ((D_, D), (BIAS, delta_bias)):
-        alive.append(A.new_zeros(len(directions) * blocks * LANES, dtype=torch.float32) if t is None
-                     else _by_block(t, groups, group_width, group_blocks))
-        fields[slot // 8] = alive[-1].data_ptr()
     fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = B.shape[2], C.shape[2]  # their groups
-    return fields, alive, workers, parts
+    return fields, scratch, workers, parts
 
 
 def _forward_parts(batch: int, blocks: int) -> int:
@@ -852,11 +889,11 @@ def _backward_parts(batch: int, blocks: int) -> int:
 
 
 def _forward_scratch(blocks: int, states: int) -> int:
-    return 10 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * states
+    return 2 * FORWARD_OFFSETS + 2 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
-    return 15 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
+    return 15 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (4 + 3 * states)
 
 
 _HUGE = 32 << 20  # glibc never recycles blocks larger than this: each comes fresh from the system
@@ -899,7 +936,7 @@ def forward(
         save_states: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The canonical scan (see `vim2.ops.scan`): out, last states or empty, saved states or empty."""
-    fields, alive, workers, _ = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+    fields, scratch, workers, _ = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
                                            _forward_parts, _forward_scratch)
     out = _sum_buffer(u, directions)
     last = torch.empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,))
@@ -919,7 +956,7 @@ def backward(
         directions: List[int],
 ) -> Tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias (an empty tensor for each that is absent)."""
-    fields, alive, workers, parts = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+    fields, scratch, workers, parts = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
                                                _backward_parts, _backward_scratch)
     batch, dim = u.shape[:2]
     k, n = A.shape[0], A.shape[2]

@@ -66,15 +66,40 @@ def _broadcast(builder, scalar):
     return builder.shuffle_vector(first, undefined, ir.Constant(_VEC_I32, [0] * LANES))
 
 
-def _exp2(builder, x, nonpositive=False):
-    """2^x by rounding to an integer and a degree-5 polynomial on [-1/2, 1/2]: relative error < 2e-7.
+def _has_avx512(context) -> bool:
+    """Whether Numba compiles for AVX-512: the last part of what it keys its cache with lists the target's features."""
+    return '+avx512f' in context.codegen().magic_tuple()[-1].split(',')
 
-    The polynomial is 1 + f q(f), so that the error vanishes with x: a decay exp(dt A) close to 1 keeps its rate.
-    x is clamped to what float32 holds; NaN passes. For arguments that are at most 0 one of the clamps is left out.
+
+def _clamp(builder, x, low=None, high=None):
+    """x within bounds; NaN passes."""
+    for bound, compare in ((low, '<'), (high, '>')):
+        if bound is not None:
+            limit = _splat(bound)
+            x = builder.select(builder.fcmp_ordered(compare, x, limit), limit, x)
+    return x
+
+
+def _exp2(context, builder, x):
+    """2^x; relative error < 2e-7, and the error vanishes with x: a decay exp(dt A) close to 1 keeps its rate.
+
+    x is rounded to a multiple t of a power of two, and f = x - t goes into a polynomial 1 + f q(f). With AVX-512 t is a
+    multiple of 1/16, 2^t comes from a table in a register and the instruction that scales by powers of two, and q is
+    of degree 2; elsewhere t is an integer, shifted into the exponent, and q is of degree 4.
     """
-    for bound, compare in ((-126.0, '<'),) if nonpositive else ((-126.0, '<'), (127.99999, '>')):
-        limit = _splat(bound)
-        x = builder.select(builder.fcmp_ordered(compare, x, limit), limit, x)
+    if _has_avx512(context):
+        magic = _splat(1.5 * 2.0 ** 19)  # adding it leaves x, in 1/16, in the low bits
+        shifted = builder.fadd(x, magic)
+        t = builder.fsub(shifted, magic)
+        f = builder.fsub(x, t)
+        table = ir.Constant(_VEC, [2.0 ** (j / LANES) for j in range(LANES)])
+        power = _call(builder, 'llvm.x86.avx512.permvar.sf.512', _VEC, table, builder.bitcast(shifted, _VEC_I32))
+        power = _call(builder, 'llvm.x86.avx512.mask.scalef.ps.512', _VEC, power, t, power, ir.Constant(_I16, -1),
+                      ir.Constant(_I32, 4))  # all lanes, rounded as usual; scales by 2^floor(t)
+        q = _fma(builder, f, _splat(0.05550410866482158), _splat(0.24022650695910072))
+        q = _fma(builder, f, q, _splat(0.6931471805599453))
+        return _fma(builder, power, builder.fmul(f, q), power)
+    x = _clamp(builder, x, -126.0, 127.99999)  # what the exponent of a float32 holds
     magic = _splat(12582912.0)  # 1.5 * 2^23: adding it leaves the rounded integer in the low bits
     shifted = builder.fadd(x, magic)
     f = builder.fsub(x, builder.fsub(shifted, magic))
@@ -83,6 +108,11 @@ def _exp2(builder, x, nonpositive=False):
         p = _fma(builder, p, f, _splat(c))
     exponent = builder.shl(builder.bitcast(shifted, _VEC_I32), _splat(23, _VEC_I32))
     return builder.bitcast(builder.add(builder.bitcast(p, _VEC_I32), exponent), _VEC)
+
+
+def _exp2_nonpositive(context, builder, x):
+    """2^x for x <= 0; -inf, as a step size of 0 before the softplus, is taken for -126."""
+    return _exp2(context, builder, _clamp(builder, x, -126.0) if _has_avx512(context) else x)
 
 
 def _log1p(builder, e):
@@ -113,10 +143,20 @@ vsub = _binary(lambda builder, a, b: builder.fsub(a, b))
 vmul = _binary(lambda builder, a, b: builder.fmul(a, b))
 vdiv = _binary(lambda builder, a, b: builder.fdiv(a, b))
 vmax = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered('>', a, b), a, b))
-vexp2 = _unary(_exp2)
-vexp2_nonpositive = _unary(lambda builder, a: _exp2(builder, a, nonpositive=True))
 vlog1p = _unary(_log1p)
 vabs = _unary(lambda builder, a: _call(builder, 'llvm.fabs.v16f32', _VEC, a))
+
+
+@intrinsic
+def vexp2(typingctx, x):
+    """2^x"""
+    return vector(vector), lambda context, builder, sig, args: _exp2(context, builder, *args)
+
+
+@intrinsic
+def vexp2_nonpositive(typingctx, x):
+    """2^x for x <= 0"""
+    return vector(vector), lambda context, builder, sig, args: _exp2_nonpositive(context, builder, *args)
 
 
 @intrinsic
