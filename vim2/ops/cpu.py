@@ -13,10 +13,11 @@ import functools
 import inspect
 import mmap
 import os
+import struct
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -44,8 +45,11 @@ FORWARD_OFFSETS = 8 * OFFSETS  # those of six tensors, rows and columns
 FIELDS = 17 + 4  # ORDER holds up to four scan directions
 ADDRESS, DTYPE, STRIDE_B, STRIDE_K, STRIDE_G, STRIDE_E, STRIDE_N, STRIDE_H, STRIDE_W, STRIDE_PART = (
     8 * i for i in range(10))
-_TENSORS = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'bias', 'out', 'last', 'grad_out', 'grad_last', 'grad_u',
-            'grad_delta', 'grad_z', 'grad_A', 'grad_B', 'grad_C', 'grad_D', 'grad_bias')
+# The tensors in their order, with the letters in _AXES of each one's dimensions; p: parts that are summed afterwards.
+_TENSORS = dict(
+    u='behw', delta='bkehw', A='ken', B='bkgnhw', C='bkgnhw', D='ke', z='behw', bias='ke', out='behw', last='bken',
+    grad_out='behw', grad_last='bken', grad_u='behw', grad_delta='bkehw', grad_z='behw', grad_A='bken',
+    grad_B='pbkgnhw', grad_C='pbkgnhw', grad_D='bke', grad_bias='bke')
 (U, DELTA, A_, B_, C_, D_, Z, BIAS, OUT, LAST, G_OUT, G_LAST, G_U, G_DELTA, G_Z, G_A, G_B, G_C, G_D, G_BIAS) = (
     8 * (FIELDS + 10 * i) for i in range(len(_TENSORS)))
 _AXES = {'b': STRIDE_B, 'k': STRIDE_K, 'g': STRIDE_G, 'e': STRIDE_E, 'n': STRIDE_N, 'h': STRIDE_H, 'w': STRIDE_W,
@@ -822,64 +826,82 @@ _openmp = _find_openmp()
 _pools = {}
 
 
-def _run(name: str, fields: np.ndarray, workers: int) -> None:
+@functools.lru_cache(maxsize=None)
+def _call(name: str):
+    """An entry point as ctypes sees it: the call releases the interpreter lock."""
+    return _ENTRY_TYPE(_compiled(name).address)
+
+
+def _run(name: str, fields: ctypes.Array, workers: int) -> None:
     """Run an entry point, 'forward' or 'backward', on `workers` threads; each takes jobs until there are none left."""
-    entry, address = _compiled(name), fields.ctypes.data
+    entry, address = _call(name), ctypes.addressof(fields)
     if workers == 1:
-        _ENTRY_TYPE(entry.address)(address)
+        entry(address)
     elif _openmp is not None:
-        _openmp(entry.address, address, workers, 0)
+        _openmp(_compiled(name).address, address, workers, 0)
     else:
         # keyed by process: threads do not survive a fork
         pool = _pools.setdefault((os.getpid(), workers), ThreadPoolExecutor(workers, 'vim2-scan'))
-        call = _ENTRY_TYPE(entry.address)
-        list(pool.map(lambda _: call(address), range(workers)))
+        list(pool.map(lambda _: entry(address), range(workers)))
 
 
-def _describe(fields: np.ndarray, slot: int, t: Optional[Tensor], axes: str) -> None:
-    """Write a tensor's address, dtype and byte strides; `axes` names its dimensions by the letters of _AXES."""
-    if t is None:
-        return
-    at = slot // 8
-    fields[at + ADDRESS // 8] = t.data_ptr()
-    fields[at + DTYPE // 8] = _DTYPES[t.dtype]
-    size, shape, strides = t.element_size(), t.shape, t.stride()
-    for i, axis in enumerate(axes):
-        # a dimension of one element is never stepped along: that is how constants are read at every position
-        fields[at + _AXES[axis] // 8] = 0 if shape[i] == 1 else strides[i] * size
+def _geometry(t: Optional[Tensor]):
+    return None if t is None else (t.dtype, t.shape, t.stride())
 
 
-def _prepare(u, delta, A, B, C, D, z, delta_bias, softplus, directions, parts_of, scratch_of
-             ) -> Tuple[np.ndarray, Tensor, int, int]:
-    """Fields that both kernels share, their scratch (to be kept alive), workers and parts."""
-    batch, dim, height, width = u.shape
-    states = A.shape[2]
-    groups, group_width, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
+@functools.lru_cache(maxsize=1024)
+def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus: bool, threads: int
+          ) -> Tuple[bytes, int, int]:
+    """Everything but addresses: the fields, bytes of scratch, and workers.
+
+    Args:
+        geometry: `_geometry` of each tensor that there is, in the order of _TENSORS.
+    """
+    (batch, dim, height, width), states = geometry[0][1], geometry[2][1][2]
+    groups_b, groups_c = geometry[3][1][2], geometry[4][1][2]
+    groups, group_width, group_blocks = channel_blocks(dim, groups_b, groups_c)
     blocks = groups * group_blocks
-    parts = parts_of(batch, blocks)
-    workers = max(1, min(torch.get_num_threads(), batch * parts))
-    part_blocks = -(-blocks // parts)
-    size = -(-scratch_of(part_blocks, states) // 4096) * 4096
-    scratch = torch.empty(workers * size + 64, dtype=torch.uint8)
-    fields = np.zeros(FIELDS + 10 * len(_TENSORS), dtype=np.int64)
+    parts = _backward_parts(batch, blocks) if backward else _forward_parts(batch, blocks, threads)
+    workers = max(1, min(threads, batch * parts))
+    size = -(-(_backward_scratch if backward else _forward_scratch)(-(-blocks // parts), states) // 4096) * 4096
+    fields = [0] * (FIELDS + 10 * len(_TENSORS))
     for at, value in (
             (JOBS, batch * parts), (DIRECTIONS, len(directions)), (DIM, dim), (STATES, states),
             (HEIGHT, height), (WIDTH, width), (GROUP_WIDTH, group_width), (GROUP_BLOCKS, group_blocks),
-            (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, softplus), (SCRATCH, -(-scratch.data_ptr() // 64) * 64),
-            (SCRATCH_SIZE, size)):
+            (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, int(softplus)), (SCRATCH_SIZE, size)):
         fields[at // 8] = value
     fields[ORDER // 8:ORDER // 8 + len(directions)] = directions
-    for slot, t, axes in (
-            (U, u, 'behw'), (DELTA, delta, 'bkehw'), (A_, A, 'ken'), (B_, B, 'bkgnhw'), (C_, C, 'bkgnhw'),
-            (D_, D, 'ke'), (Z, z, 'behw'), (BIAS, delta_bias, 'ke')):
-        _describe(fields, slot, t, axes)
-    fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = B.shape[2], C.shape[2]  # their groups
-    return fields, scratch, workers, parts
+    for i, (axes, known) in enumerate(zip(_TENSORS.values(), geometry)):
+        if known is None:
+            continue
+        dtype, shape, strides = known
+        at = FIELDS + 10 * i
+        fields[at + DTYPE // 8] = _DTYPES[dtype]
+        for axis, length, stride in zip(axes, shape, strides):
+            # a dimension of one element is never stepped along: that is how constants are read at every position
+            fields[at + _AXES[axis] // 8] = 0 if length == 1 else stride * dtype.itemsize
+    fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = groups_b, groups_c
+    return struct.pack(f'{len(fields)}q', *fields), workers * size + 64, workers
 
 
-def _forward_parts(batch: int, blocks: int) -> int:
+def _launch(name: str, tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor], directions: List[int],
+            softplus: bool) -> None:
+    """Run 'forward' or 'backward' on tensors in the order of _TENSORS; `saved`: the states at the chunks' borders."""
+    content, size, workers = _plan(name == 'backward', tuple([_geometry(t) for t in tensors]), tuple(directions),
+                                   softplus, torch.get_num_threads())
+    fields = (ctypes.c_int64 * (len(content) // 8)).from_buffer_copy(content)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    fields[SCRATCH // 8] = -(-scratch.data_ptr() // 64) * 64
+    for i, t in enumerate(tensors):
+        if t is not None:
+            fields[FIELDS + 10 * i] = t.data_ptr()
+    if saved is not None:
+        fields[SAVED // 8] = saved.data_ptr()
+    _run(name, fields, workers)
+
+
+def _forward_parts(batch: int, blocks: int, threads: int) -> int:
     # Any cut gives the same result. Each reads B and C anew: no more cuts than it takes to keep the threads busy.
-    threads = torch.get_num_threads()
     return max(1, min(blocks, -(-threads // batch)))
 
 
@@ -936,17 +958,11 @@ def forward(
         save_states: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The canonical scan (see `vim2.ops.scan`): out, last states or empty, saved states or empty."""
-    fields, scratch, workers, _ = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
-                                           _forward_parts, _forward_scratch)
     out = _sum_buffer(u, directions)
     last = torch.empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,))
     states = _fresh(torch.empty(states_shape(u, A, B, C) if save_states else (0,)))
-    _describe(fields, OUT, out, 'behw')
-    if want_last_state:
-        _describe(fields, LAST, last, 'bken')
-    if save_states:
-        fields[SAVED // 8] = states.data_ptr()
-    _run('forward', fields, workers)
+    _launch('forward', (u, delta, A, B, C, D, z, delta_bias, out, last if want_last_state else None),
+            states if save_states else None, directions, delta_softplus)
     return out if out.dtype == u.dtype else torch.empty_like(u).copy_(out), last, states
 
 
@@ -956,11 +972,8 @@ def backward(
         directions: List[int],
 ) -> Tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias (an empty tensor for each that is absent)."""
-    fields, scratch, workers, parts = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
-                                               _backward_parts, _backward_scratch)
     batch, dim = u.shape[:2]
     k, n = A.shape[0], A.shape[2]
-    fields[SAVED // 8] = states.data_ptr()
     if grad_out.dtype not in _DTYPES:
         grad_out = grad_out.float()
     if grad_last is not None:
@@ -968,14 +981,12 @@ def backward(
     grad_u, grad_delta = _sum_buffer(u, directions), _fresh(torch.empty_like(delta))
     grad_z = None if z is None else _sum_buffer(z, directions)
     grad_A, grad_D, grad_bias = torch.empty(batch, k, dim, n), torch.empty(batch, k, dim), torch.empty(batch, k, dim)
+    groups, _, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
+    parts = _backward_parts(batch, groups * group_blocks)
     # zeros: parts that hold no block of a group leave its slice as it is
     grad_B, grad_C = (torch.zeros(parts, *t.shape[:3], *t.shape[4:], n).movedim(-1, 4) for t in (B, C))
-    for slot, t, axes in (
-            (G_OUT, grad_out, 'behw'), (G_LAST, grad_last, 'bken'), (G_U, grad_u, 'behw'),
-            (G_DELTA, grad_delta, 'bkehw'), (G_Z, grad_z, 'behw'), (G_A, grad_A, 'bken'), (G_B, grad_B, 'pbkgnhw'),
-            (G_C, grad_C, 'pbkgnhw'), (G_D, grad_D, 'bke'), (G_BIAS, grad_bias, 'bke')):
-        _describe(fields, slot, t, axes)
-    _run('backward', fields, workers)
+    _launch('backward', (u, delta, A, B, C, D, z, delta_bias, None, None, grad_out, grad_last, grad_u, grad_delta,
+                         grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias), states, directions, delta_softplus)
     summed = (grad_u, grad_delta, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), None if D is None else grad_D.sum(0),
               grad_z, None if delta_bias is None else grad_bias.sum(0))
     return tuple(

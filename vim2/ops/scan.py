@@ -299,10 +299,9 @@ def _check(function: str, tensors: List[Tuple[str, Optional[Tensor], List[List[i
         if t.device != device:
             raise ValueError(f'{function}: all tensors must be on one device, but {tensors[0][0]} is on {device} '
                              f'and {name} on {t.device}')
-        shape = tuple(t.shape)
-        if not any(len(shape) == len(want) and all(a == b for a, b in zip(shape, want)) for want in shapes):
+        if list(t.shape) not in shapes:
             wanted = ' or '.join(str(tuple(want)) for want in shapes)
-            raise ValueError(f'{function}: {name} must have shape {wanted}, got {shape}')
+            raise ValueError(f'{function}: {name} must have shape {wanted}, got {tuple(t.shape)}')
 
 
 def _check_rank(function: str, name: str, t: Tensor, ranks: List[int], layout: str) -> None:
