@@ -27,9 +27,9 @@ from torch import Tensor
 from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
-    F32, LANES, VBYTES, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64, transpose16,
-    vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vload, vload_as, vlog1p, vmax, vmul,
-    vselect_negative, vset, vstore, vstore_as, vsub, vsum,
+    F32, LANES, VBYTES, add_folded, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64,
+    transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4, vload, vload_as, vlog1p, vmax,
+    vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
 LOG2E = np.float32(1.4426950408889634)
@@ -457,19 +457,26 @@ def _forward(p, worker):
 
 
 @njit(inline='always')
-def _adjoint(keep, decay_keep, acc_b, acc_c, b, c, a, d, x, gy, h, g, s, sx, sd):
+def _adjoint(keep, decay_keep, b, c, a, d, x, gy, h, g, s, sx, sd):
     """One state's step of the adjoint recurrence, from h after the step and the adjoint g carried from the next one.
 
-    Returns h before the step, g to carry on, and the sums s (gradient of A), sx (of dt u) and sd (of dt).
+    Returns h before the step, g to carry on, the sums s (gradient of A), sx (of dt u) and sd (of dt), and what each
+    channel adds to the gradients of B and C.
     """
-    vstore(acc_c, vfma(gy, h, vload(acc_c)))
+    to_c = vmul(gy, h)
     g = vfma(gy, vbroadcast(c), g)
-    vstore(acc_b, vfma(g, x, vload(acc_b)))
+    to_b = vmul(g, x)
     sx = vfma(g, vbroadcast(b), sx)
     h = vload(keep)
     g = vmul(g, vload(decay_keep))
     through_decay = vmul(g, h)
-    return h, g, vfma(through_decay, d, s), sx, vfma(through_decay, a, sd)
+    return h, g, vfma(through_decay, d, s), sx, vfma(through_decay, a, sd), to_b, to_c
+
+
+@njit(inline='always')
+def _sum_vectors(states):
+    """Vectors per step that sum the gradient of B or C: one for four states, folded, or one for a state."""
+    return states // 4 + states % 4
 
 
 @_jit
@@ -478,9 +485,10 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
     Adds to y, g_dtu (gradient of dt u), g_dt (gradient of dt through the decay), g_a, acc_b and acc_c (gradients of B
-    and C before the sum over the 16 channels); `carry` holds the adjoint that crosses chunks. `keep` is scratch for
-    (steps, 2 * count) vectors: the state before each step and its decay.
+    and C, not yet summed over the lanes: see `_sum_vectors`); `carry` holds the adjoint that crosses chunks. `keep` is
+    scratch for (steps, 2 * count) vectors: the state before each step and its decay.
     """
+    slots = _sum_vectors(states)
     o = VBYTES * n
     ln2 = vset(LN2)
     if count == 4:
@@ -517,17 +525,17 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         for t in range(steps - 1, -1, -1):
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
-            k = keep + 8 * VBYTES * t
+            k, at = keep + 8 * VBYTES * t, VBYTES * (slots * t + n // 4)
             e = k + 4 * VBYTES
-            to_b, to_c = acc_b + VBYTES * (states * t + n), acc_c + VBYTES * (states * t + n)
             sx, sd = vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)
-            h0, g0, s0, sx, sd = _adjoint(k, e, to_b, to_c, b, c, a0, d, x, g, h0, g0, s0, sx, sd)
-            h1, g1, s1, sx, sd = _adjoint(k + VBYTES, e + VBYTES, to_b + VBYTES, to_c + VBYTES, b + 4, c + 4, a1, d, x,
-                                          g, h1, g1, s1, sx, sd)
-            h2, g2, s2, sx, sd = _adjoint(k + 2 * VBYTES, e + 2 * VBYTES, to_b + 2 * VBYTES, to_c + 2 * VBYTES, b + 8,
-                                          c + 8, a2, d, x, g, h2, g2, s2, sx, sd)
-            h3, g3, s3, sx, sd = _adjoint(k + 3 * VBYTES, e + 3 * VBYTES, to_b + 3 * VBYTES, to_c + 3 * VBYTES, b + 12,
-                                          c + 12, a3, d, x, g, h3, g3, s3, sx, sd)
+            h0, g0, s0, sx, sd, b0, c0 = _adjoint(k, e, b, c, a0, d, x, g, h0, g0, s0, sx, sd)
+            h1, g1, s1, sx, sd, b1, c1 = _adjoint(k + VBYTES, e + VBYTES, b + 4, c + 4, a1, d, x, g, h1, g1, s1, sx, sd)
+            h2, g2, s2, sx, sd, b2, c2 = _adjoint(k + 2 * VBYTES, e + 2 * VBYTES, b + 8, c + 8, a2, d, x, g, h2, g2, s2,
+                                                  sx, sd)
+            h3, g3, s3, sx, sd, b3, c3 = _adjoint(k + 3 * VBYTES, e + 3 * VBYTES, b + 12, c + 12, a3, d, x, g, h3, g3,
+                                                  s3, sx, sd)
+            vstore(acc_b + at, vadd(vload(acc_b + at), vfold4(b0, b1, b2, b3)))
+            vstore(acc_c + at, vadd(vload(acc_c + at), vfold4(c0, c1, c2, c3)))
             vstore(g_dtu + VBYTES * t, sx)
             vstore(g_dt + VBYTES * t, sd)
         vstore(carry + o, g0)
@@ -555,9 +563,11 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         for t in range(steps - 1, -1, -1):
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
-            k, at = keep + 2 * VBYTES * t, VBYTES * (states * t + n)
-            h0, g0, s0, sx, sd = _adjoint(k, k + VBYTES, acc_b + at, acc_c + at, b, c, a0, d, x, g, h0, g0, s0,
-                                          vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t))
+            k, at = keep + 2 * VBYTES * t, VBYTES * (slots * t + states // 4 + n % 4)
+            h0, g0, s0, sx, sd, b0, c0 = _adjoint(k, k + VBYTES, b, c, a0, d, x, g, h0, g0, s0,
+                                                  vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t))
+            vstore(acc_b + at, vadd(vload(acc_b + at), b0))
+            vstore(acc_c + at, vadd(vload(acc_c + at), c0))
             vstore(g_dtu + VBYTES * t, sx)
             vstore(g_dt + VBYTES * t, sd)
         vstore(carry + o, g0)
@@ -566,13 +576,17 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
 
 @_jit
 def _flush_rows(tensor, origin, offsets, steps, states, acc):
-    """Sum accumulated (steps, states, 16) over the lanes and add to float32 gradients of B or C; clears them."""
-    stride = load_i64(tensor + STRIDE_N)
+    """Sum what `_steps_backward` accumulated and add it to float32 gradients of B or C; clears it."""
+    stride, slots, quads = load_i64(tensor + STRIDE_N), _sum_vectors(states), states // 4
     for t in range(steps):
         target = origin + load_i64(offsets + 8 * t)
-        for n in range(states):
-            source = acc + VBYTES * (states * t + n)
-            store_f32(target + n * stride, load_f32(target + n * stride) + vsum(vload(source)))
+        for i in range(slots):
+            source = acc + VBYTES * (slots * t + i)
+            if i < quads:
+                add_folded(target + 4 * i * stride, stride, vload(source))
+            else:
+                at = target + (i + 3 * quads) * stride
+                store_f32(at, load_f32(at) + vsum(vload(source)))
             vstore(source, vset(ZERO))
 
 
@@ -604,8 +618,8 @@ def _backward(p, worker):
     rows_b = keep + 8 * TILE
     rows_c = rows_b + 4 * CHUNK * states
     acc_b = rows_c + 4 * CHUNK * states
-    acc_c = acc_b + VBYTES * CHUNK * states
-    sum_d = acc_c + VBYTES * CHUNK * states
+    acc_c = acc_b + VBYTES * CHUNK * _sum_vectors(states)
+    sum_d = acc_c + VBYTES * CHUNK * _sum_vectors(states)
     sum_bias = sum_d + VBYTES * part_blocks
     carry = sum_bias + VBYTES * part_blocks
     sum_a = carry + VBYTES * part_blocks * states
@@ -613,7 +627,7 @@ def _backward(p, worker):
     skip = decay + VBYTES * part_blocks * states
     bias = skip + VBYTES * part_blocks
 
-    _fill(acc_b, 2 * CHUNK * states)
+    _fill(acc_b, 2 * CHUNK * _sum_vectors(states))
     softplus = load_i64(p + SOFTPLUS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
@@ -915,7 +929,8 @@ def _forward_scratch(blocks: int, states: int) -> int:
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
-    return 15 * OFFSETS + 17 * TILE + (8 + 2 * VBYTES) * CHUNK * states + VBYTES * blocks * (4 + 3 * states)
+    return (15 * OFFSETS + 17 * TILE + 8 * CHUNK * states + 2 * VBYTES * CHUNK * (states // 4 + states % 4)
+            + VBYTES * blocks * (4 + 3 * states))
 
 
 _HUGE = 32 << 20  # glibc never recycles blocks larger than this: each comes fresh from the system
@@ -952,6 +967,19 @@ def _sum_buffer(like: Tensor, directions: List[int]) -> Tensor:
     return _fresh(torch.empty_like(like, dtype=torch.float32))
 
 
+def _zero_parts(like: Tensor, parts: int) -> Tensor:
+    """(parts, ...) float32 zeros, each part in the layout of `torch.empty_like(like)`."""
+    strides = torch.empty_like(like, device='meta').stride()
+    return torch.zeros(parts * like.numel()).as_strided((parts, *like.shape), (like.numel(), *strides))
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, in the layout of a part."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    return torch.sum(parts, 0, out=torch.empty_like(parts[0]))
+
+
 def forward(
         u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], z: Optional[Tensor],
         delta_bias: Optional[Tensor], delta_softplus: bool, directions: List[int], want_last_state: bool,
@@ -984,11 +1012,11 @@ def backward(
     groups, _, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
     parts = _backward_parts(batch, groups * group_blocks)
     # zeros: parts that hold no block of a group leave its slice as it is
-    grad_B, grad_C = (torch.zeros(parts, *t.shape[:3], *t.shape[4:], n).movedim(-1, 4) for t in (B, C))
+    grad_B, grad_C = (_zero_parts(t, parts) for t in (B, C))
     _launch('backward', (u, delta, A, B, C, D, z, delta_bias, None, None, grad_out, grad_last, grad_u, grad_delta,
                          grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias), states, directions, delta_softplus)
-    summed = (grad_u, grad_delta, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), None if D is None else grad_D.sum(0),
-              grad_z, None if delta_bias is None else grad_bias.sum(0))
+    summed = (grad_u, grad_delta, _sum(grad_A), _sum(grad_B), _sum(grad_C), None if D is None else _sum(grad_D), grad_z,
+              None if delta_bias is None else _sum(grad_bias))
     return tuple(
         u.new_empty(0) if t is None else g if g.dtype == t.dtype and g.stride() == t.stride()
         else torch.empty_like(t).copy_(g) for t, g in zip((u, delta, A, B, C, D, z, delta_bias), summed))

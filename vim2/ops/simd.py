@@ -194,6 +194,39 @@ def vsum(typingctx, a):
 
 
 @intrinsic
+def vfold4(typingctx, a, b, c, d):
+    """Four vectors summed over each four neighbouring lanes: (a, b, c, d) of lanes 0 to 3, of 4 to 7, and so on."""
+    def interleave(builder, x, y, order):
+        """Per four lanes, those of x and y (which count from 4) that `order` says."""
+        lanes = [4 * quarter + i if i < 4 else LANES + 4 * quarter + i - 4 for quarter in range(4) for i in order]
+        return builder.shuffle_vector(x, y, ir.Constant(_VEC_I32, lanes))
+
+    def codegen(context, builder, sig, args):
+        a, b, c, d = args
+        ab, cd = (builder.fadd(interleave(builder, x, y, (0, 4, 1, 5)), interleave(builder, x, y, (2, 6, 3, 7)))
+                  for x, y in ((a, b), (c, d)))
+        return builder.fadd(interleave(builder, ab, cd, (0, 1, 4, 5)), interleave(builder, ab, cd, (2, 3, 6, 7)))
+    return vector(vector, vector, vector, vector), codegen
+
+
+@intrinsic
+def add_folded(typingctx, address, stride, folded):
+    """Finish the four sums of :func:`vfold4` and add them to four float32, `stride` bytes apart."""
+    def codegen(context, builder, sig, args):
+        address, stride, folded = args
+        for half in (LANES // 2, LANES // 4):
+            low, high = (builder.shuffle_vector(folded, folded, ir.Constant(
+                ir.VectorType(_I32, half), list(range(start, start + half)))) for start in (0, half))
+            folded = builder.fadd(low, high)
+        for i in range(4):
+            old = _load(builder, address, _F32, 4)
+            _store(builder, builder.fadd(old, builder.extract_element(folded, ir.Constant(_I32, i))), address, 4)
+            address = builder.add(address, stride)
+        return context.get_dummy_value()
+    return types.none(types.int64, types.int64, vector), codegen
+
+
+@intrinsic
 def vload(typingctx, address):
     return vector(types.int64), lambda context, builder, sig, args: _load(builder, args[0], _VEC, 4)
 
