@@ -27,9 +27,9 @@ from torch import Tensor
 from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
-    F32, LANES, VBYTES, add_folded, fetch_add, load_as, load_f32, load_i64, prefetch, store_as, store_f32, store_i64,
-    transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4, vload, vload_as, vlog1p, vmax,
-    vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
+    F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, store_as,
+    store_f32, store_i64, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4, vload,
+    vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
 LOG2E = np.float32(1.4426950408889634)
@@ -37,7 +37,7 @@ LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
-FORWARD_OFFSETS = 8 * OFFSETS  # those of six tensors, rows and columns
+FORWARD_OFFSETS, BACKWARD_OFFSETS = 8 * OFFSETS, 13 * OFFSETS  # those of 6 and 11 tensors, rows and columns
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
 (NEXT_JOB, NEXT_WORKER, JOBS, DIRECTIONS, DIM, STATES, HEIGHT, WIDTH, GROUP_WIDTH, GROUP_BLOCKS, BLOCKS, PARTS,
@@ -312,6 +312,19 @@ def _moves_like(tensor, other):
             and load_i64(tensor + STRIDE_W) == load_i64(other + STRIDE_W))
 
 
+@njit(inline='always')
+def _table(tensor, other, own, others):
+    """Where a tensor's offsets are: its own table, or that of another one that moves alike."""
+    return others if _moves_like(tensor, other) else own
+
+
+@_jit
+def _own_offsets(tensor, other, rows, columns, steps, offsets):
+    """:func:`_offsets`, unless another tensor's serve as well."""
+    if not _moves_like(tensor, other):
+        _offsets(tensor, rows, columns, steps, offsets)
+
+
 @_jit
 def _forward_offsets(p, direction, start, steps, at):
     """Offsets of u, delta, B, and those of out, C and z that have others, in a chunk: a table each, from `at`."""
@@ -320,10 +333,8 @@ def _forward_offsets(p, direction, start, steps, at):
     _offsets(p + U, rows, columns, steps, at)
     _offsets(p + DELTA, rows, columns, steps, at + OFFSETS)
     _offsets(p + B_, rows, columns, steps, at + 2 * OFFSETS)
-    if not _moves_like(p + OUT, p + U):
-        _offsets(p + OUT, rows, columns, steps, at + 3 * OFFSETS)
-    if not _moves_like(p + C_, p + B_):
-        _offsets(p + C_, rows, columns, steps, at + 4 * OFFSETS)
+    _own_offsets(p + OUT, p + U, rows, columns, steps, at + 3 * OFFSETS)
+    _own_offsets(p + C_, p + B_, rows, columns, steps, at + 4 * OFFSETS)
     if load_i64(p + Z):
         _offsets(p + Z, rows, columns, steps, at + 5 * OFFSETS)
 
@@ -354,8 +365,7 @@ def _forward(p, worker):
     bias = skip + VBYTES * part_blocks
 
     softplus = load_i64(p + SOFTPLUS)
-    table_out = 0 if _moves_like(out, u) else 3 * OFFSETS
-    table_c = 2 * OFFSETS if _moves_like(c_, b_) else 4 * OFFSETS
+    table_out, table_c = _table(out, u, 3 * OFFSETS, 0), _table(c_, b_, 4 * OFFSETS, 2 * OFFSETS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
         store_i64(identity_rows + 8 * t, 4 * states * t)
@@ -578,16 +588,42 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
 def _flush_rows(tensor, origin, offsets, steps, states, acc):
     """Sum what `_steps_backward` accumulated and add it to float32 gradients of B or C; clears it."""
     stride, slots, quads = load_i64(tensor + STRIDE_N), _sum_vectors(states), states // 4
+    if stride == 4 and slots == quads:
+        for t in range(steps):
+            target, source = origin + load_i64(offsets + 8 * t), acc + VBYTES * slots * t
+            for i in range(quads):
+                add_folded(target + 16 * i, vload(source + VBYTES * i))
+                vstore(source + VBYTES * i, vset(ZERO))
+        return
     for t in range(steps):
         target = origin + load_i64(offsets + 8 * t)
         for i in range(slots):
             source = acc + VBYTES * (slots * t + i)
             if i < quads:
-                add_folded(target + 4 * i * stride, stride, vload(source))
+                add_folded_strided(target + 4 * i * stride, stride, vload(source))
             else:
                 at = target + (i + 3 * quads) * stride
                 store_f32(at, load_f32(at) + vsum(vload(source)))
             vstore(source, vset(ZERO))
+
+
+@_jit
+def _backward_offsets(p, direction, start, steps, at):
+    """Offsets of u, delta, B, and those of the other tensors that have others, in a chunk: a table each, from `at`."""
+    rows, columns = at + 11 * OFFSETS, at + 12 * OFFSETS
+    _positions(p, direction, start, steps, rows, columns)
+    _offsets(p + U, rows, columns, steps, at)
+    _offsets(p + DELTA, rows, columns, steps, at + OFFSETS)
+    _offsets(p + B_, rows, columns, steps, at + 2 * OFFSETS)
+    _own_offsets(p + G_OUT, p + U, rows, columns, steps, at + 3 * OFFSETS)
+    _own_offsets(p + G_U, p + U, rows, columns, steps, at + 4 * OFFSETS)
+    _own_offsets(p + G_DELTA, p + DELTA, rows, columns, steps, at + 5 * OFFSETS)
+    _own_offsets(p + C_, p + B_, rows, columns, steps, at + 6 * OFFSETS)
+    _offsets(p + G_B, rows, columns, steps, at + 7 * OFFSETS)
+    _own_offsets(p + G_C, p + G_B, rows, columns, steps, at + 8 * OFFSETS)
+    if load_i64(p + Z):
+        _offsets(p + Z, rows, columns, steps, at + 9 * OFFSETS)
+        _offsets(p + G_Z, rows, columns, steps, at + 10 * OFFSETS)
 
 
 @_jit
@@ -603,14 +639,11 @@ def _backward(p, worker):
     per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
     part_blocks = (blocks + parts - 1) // parts
 
-    rows = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
-    columns = rows + OFFSETS
-    off_u, off_delta, off_out = rows + 2 * OFFSETS, rows + 3 * OFFSETS, rows + 4 * OFFSETS
-    off_b, off_c, off_z = rows + 5 * OFFSETS, rows + 6 * OFFSETS, rows + 7 * OFFSETS
-    off_gu, off_gdelta, off_gz = rows + 8 * OFFSETS, rows + 9 * OFFSETS, rows + 10 * OFFSETS
-    off_gb, off_gc = rows + 11 * OFFSETS, rows + 12 * OFFSETS
-    identity, identity_rows = rows + 13 * OFFSETS, rows + 14 * OFFSETS
-    tile_u = rows + 15 * OFFSETS
+    now = load_i64(p + SCRATCH) + worker * load_i64(p + SCRATCH_SIZE)
+    then = now + BACKWARD_OFFSETS  # those of the chunk before, whose first block is prefetched
+    identity = then + BACKWARD_OFFSETS
+    identity_rows = identity + OFFSETS
+    tile_u = identity + 2 * OFFSETS
     tile_dt, tile_slope, tile_x = tile_u + TILE, tile_u + 2 * TILE, tile_u + 3 * TILE
     tile_gy, tile_gx, tile_gdt = tile_u + 4 * TILE, tile_u + 5 * TILE, tile_u + 6 * TILE
     tile_y, tile_z = tile_u + 7 * TILE, tile_u + 8 * TILE
@@ -629,6 +662,9 @@ def _backward(p, worker):
 
     _fill(acc_b, 2 * CHUNK * _sum_vectors(states))
     softplus = load_i64(p + SOFTPLUS)
+    table_out, table_gu = _table(g_out, u, 3 * OFFSETS, 0), _table(g_u, u, 4 * OFFSETS, 0)
+    table_gdelta, table_c = _table(g_delta, delta, 5 * OFFSETS, OFFSETS), _table(c_, b_, 6 * OFFSETS, 2 * OFFSETS)
+    table_gc = _table(g_c, g_b, 8 * OFFSETS, 7 * OFFSETS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
         store_i64(identity_rows + 8 * t, 4 * states * t)
@@ -658,15 +694,18 @@ def _backward(p, worker):
                                     min(LANES, width - i), carry + VBYTES * ((block - first) * states + n))
             else:
                 _fill(carry, (last - first) * states)
+            channel = first // per_group * width + first % per_group * LANES
+            first_u, first_delta = _origin(u, image, 0, 0, channel), _origin(delta, image, k, 0, channel)
+            first_g, first_gu = _origin(g_out, image, 0, 0, channel), _origin(g_u, image, 0, 0, channel)
+            first_gdelta = _origin(g_delta, image, k, 0, channel)
+            _backward_offsets(p, direction, (chunks - 1) * CHUNK, length - (chunks - 1) * CHUNK, now)
             for chunk in range(chunks - 1, -1, -1):
                 steps = min(CHUNK, length - chunk * CHUNK)
-                _positions(p, direction, chunk * CHUNK, steps, rows, columns)
-                for tensor, offsets in ((u, off_u), (delta, off_delta), (g_out, off_out), (b_, off_b), (c_, off_c),
-                                        (g_u, off_gu), (g_delta, off_gdelta), (g_b, off_gb), (g_c, off_gc)):
-                    _offsets(tensor, rows, columns, steps, offsets)
-                if load_i64(z):
-                    _offsets(z, rows, columns, steps, off_z)
-                    _offsets(g_z, rows, columns, steps, off_gz)
+                if chunk > 0:
+                    _backward_offsets(p, direction, (chunk - 1) * CHUNK, CHUNK, then)
+                off_u, off_delta, off_b, off_c = now, now + OFFSETS, now + 2 * OFFSETS, now + table_c
+                off_out, off_gu, off_gdelta = now + table_out, now + table_gu, now + table_gdelta
+                off_gb, off_gc, off_z, off_gz = now + 7 * OFFSETS, now + table_gc, now + 9 * OFFSETS, now + 10 * OFFSETS
                 loaded = -1
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
                 for block in range(first, last):
@@ -707,16 +746,21 @@ def _backward(p, worker):
                     to_gu = _origin(g_u, image, 0, 0, channel)
                     to_gdelta = _origin(g_delta, image, k, 0, channel)
                     sd, b, zero, one = vload(sum_d + VBYTES * j), vload(bias + VBYTES * j), vset(ZERO), vset(ONE)
-                    ahead = VBYTES if block + 1 < last else 0  # the next block's line of each step
+                    # the next block's line of each step, or that of the chunk before's first one
+                    ahead_u, ahead_dt, ahead_g, moves = at_u + VBYTES, at_dt + VBYTES, at_gy + VBYTES, 0
+                    ahead_gu, ahead_gdt = to_gu + VBYTES, to_gdelta + VBYTES
+                    if block + 1 == last:
+                        ahead_u, ahead_dt, ahead_g, moves = first_u, first_delta, first_g, then - now
+                        ahead_gu, ahead_gdt = first_gu, first_gdelta
                     for t in range(steps):
                         o = VBYTES * t
                         to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
                         to_g = at_gy + load_i64(view_gy + 8 * t)
-                        prefetch(to_x + ahead)
-                        prefetch(to_dt + ahead)
-                        prefetch(to_g + ahead)
-                        prefetch(to_gu + load_i64(off_gu + 8 * t))
-                        prefetch(to_gdelta + load_i64(off_gdelta + 8 * t))
+                        prefetch(ahead_u + load_i64(off_u + moves + 8 * t))
+                        prefetch(ahead_dt + load_i64(off_delta + moves + 8 * t))
+                        prefetch(ahead_g + load_i64(off_out + moves + 8 * t))
+                        prefetch(ahead_gu + load_i64(off_gu + moves + 8 * t))
+                        prefetch(ahead_gdt + load_i64(off_gdelta + moves + 8 * t))
                         x, dt, g = vload(to_x), vadd(vload(to_dt), b), vload(to_g)
                         if softplus:
                             e = vexp2_nonpositive(vmul(vabs(dt), vset(-LOG2E)))
@@ -759,6 +803,7 @@ def _backward(p, worker):
                         _store_tile(g_z, _origin(g_z, image, 0, 0, channel), off_gz, steps, lanes, tile_y, k > 0)
                 if loaded >= 0:
                     _flush(p, part, image, k, loaded // per_b, loaded // per_c, off_gb, off_gc, steps, acc_b, acc_c)
+                now, then = then, now
             for block in range(first, last):
                 group = block // per_group
                 i = (block - group * per_group) * LANES
@@ -929,7 +974,8 @@ def _forward_scratch(blocks: int, states: int) -> int:
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
-    return (15 * OFFSETS + 17 * TILE + 8 * CHUNK * states + 2 * VBYTES * CHUNK * (states // 4 + states % 4)
+    sums = states // 4 + states % 4  # see _sum_vectors
+    return (2 * BACKWARD_OFFSETS + 2 * OFFSETS + 17 * TILE + (8 * states + 2 * VBYTES * sums) * CHUNK
             + VBYTES * blocks * (4 + 3 * states))
 
 

@@ -209,15 +209,31 @@ def vfold4(typingctx, a, b, c, d):
     return vector(vector, vector, vector, vector), codegen
 
 
+def _finish_folded(builder, folded):
+    for half in (LANES // 2, LANES // 4):
+        low, high = (builder.shuffle_vector(folded, folded, ir.Constant(
+            ir.VectorType(_I32, half), list(range(start, start + half)))) for start in (0, half))
+        folded = builder.fadd(low, high)
+    return folded
+
+
 @intrinsic
-def add_folded(typingctx, address, stride, folded):
-    """Finish the four sums of :func:`vfold4` and add them to four float32, `stride` bytes apart."""
+def add_folded(typingctx, address, folded):
+    """Finish the four sums of :func:`vfold4` and add them to four neighbouring float32."""
+    def codegen(context, builder, sig, args):
+        address, folded = args
+        old = _load(builder, address, ir.VectorType(_F32, 4), 4)
+        _store(builder, builder.fadd(old, _finish_folded(builder, folded)), address, 4)
+        return context.get_dummy_value()
+    return types.none(types.int64, vector), codegen
+
+
+@intrinsic
+def add_folded_strided(typingctx, address, stride, folded):
+    """:func:`add_folded`, to float32 `stride` bytes apart."""
     def codegen(context, builder, sig, args):
         address, stride, folded = args
-        for half in (LANES // 2, LANES // 4):
-            low, high = (builder.shuffle_vector(folded, folded, ir.Constant(
-                ir.VectorType(_I32, half), list(range(start, start + half)))) for start in (0, half))
-            folded = builder.fadd(low, high)
+        folded = _finish_folded(builder, folded)
         for i in range(4):
             old = _load(builder, address, _F32, 4)
             _store(builder, builder.fadd(old, builder.extract_element(folded, ir.Constant(_I32, i))), address, 4)
