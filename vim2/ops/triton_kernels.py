@@ -544,7 +544,8 @@ def chunk_summary(
                 at = tl.minimum(t_first + t + s, t_last - 1)
             j_, i_ = _place(at, code, H, W, INDEX64)
             h_, w_ = _natural(j_, i_, code, H, W)
-            xs = xs + (_load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32),)
+            x_s = _load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32)
+            xs = xs + (tl.where(valid, x_s, 0.0),)  # the adjoint adds it whatever the step
             dt = _load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask_e, EVEN_E).to(tl.float32)
             if HAS_Z:
                 zs = zs + (_load(z_p + (h_ * z_h + w_ * z_w) + e_z, mask_e, EVEN_E).to(tl.float32),)
