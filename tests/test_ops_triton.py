@@ -261,6 +261,16 @@ def test_plans():
     assert small.merge and small.chunk >= 196
     assert small.together == 2 * 132 and small.turns        # and the maps in flight fit its cache
     assert make_plan(128, 4, 384, 784, gpu).together == 2 * 132
+    for device in (gpu, Device(108, 40 << 20)):             # the cache holds a few of these: the backward in groups
+        for channels, length in ((384, 784), (192, 3136)):
+            few = make_plan(128, 4, channels, length, device)
+            assert 0 < few.group < 128 and not few.turns and few.back_chunk % SAVE == 0
+            # At least a warp, of 16 channels, per multiprocessor; and the parts of the gradient of u fit the cache.
+            assert few.group * 4 * channels // 16 * -(-length // few.back_chunk) >= device.processors
+            assert few.group * 4 * channels * length * 4 < 0.8 * device.cache
+            whole = make_plan(128, 4, channels, length, device, grouped=False)
+            assert whole.group == whole.back_chunk == whole.warps == 0 and whole.together == few.together
+    assert make_plan(1, 4, 192, 3136, gpu).group == make_plan(128, 1, 192, 3136, gpu).group == 0
     large = make_plan(8, 4, 192, 3136, gpu)
     assert not (large.merge or large.together or large.turns)
     one = make_plan(1, 4, 192, 65536, gpu)                  # one large image: the scan itself is cut
@@ -295,6 +305,11 @@ def test_autotuning_picks_the_fastest_once(monkeypatch):
     assert choose(u[:, :, :7, :7]) != first and len(tried) == 6
     choose(u, backward=True)
     assert len(tried) == 9 and len({(p.warps, p.turns) for p in tried[6:]}) == 3
+    # Where the plan goes in groups, all images at once is tried, with the directions apart and in turn.
+    triton_scan.tuned_plan(lambda plan: plan, torch.empty(128, 384, 28, 28, device='meta'), A, B, [0, 1, 2, 3], False,
+                           True, seconds)
+    assert [(p.group > 0, p.back_chunk > 0, p.turns) for p in tried[9:]] == [
+        (True, True, False), (False, False, False), (False, False, True)]
     for plan in (triton_scan.make_plan(8, 1, 2048, 2048, triton_scan.Device(132, 50 << 20)), first):
         for backward in (False, True):
             grid = triton_scan.plan_grid(plan, 2048, 1, 2048, backward)

@@ -604,16 +604,34 @@ def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e
         h = tl.exp2(length[None, :] * a2) * h + leaves
 
 
-@_kernel('parts out')
-def merge_parts(parts, out, n_elements, n_parts, BLOCK: tl.constexpr):
-    """out = sum of n_parts arrays of n_elements each, added up in order, in float32."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _merge(parts, out, n_elements, n_parts, block, BLOCK: tl.constexpr):
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n_elements
     total = tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
     for _ in range(1, n_parts):
         parts += n_elements
         total += tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@_kernel('parts out')
+def merge_parts(parts, out, n_elements, n_parts, BLOCK: tl.constexpr):
+    """out = sum of n_parts arrays of n_elements each, added up in order, in float32."""
+    _merge(parts, out, n_elements, n_parts, tl.program_id(0), BLOCK)
+
+
+@_kernel('parts parts_B parts_C out out_B out_C')
+def merge_three(parts, parts_B, parts_C, out, out_B, out_C, n_elements, n_B, n_C, n_parts, slots_B, slots_C,
+                blocks, blocks_B, BLOCK: tl.constexpr):
+    """`merge_parts` of up to three sets in one launch: what the backward does for every group of images."""
+    pid = tl.program_id(0)
+    if pid < blocks:
+        _merge(parts, out, n_elements, n_parts, pid, BLOCK)
+    elif pid < blocks + blocks_B:
+        _merge(parts_B, out_B, n_B, slots_B, pid - blocks, BLOCK)
+    else:
+        _merge(parts_C, out_C, n_C, slots_C, pid - blocks - blocks_B, BLOCK)
 
 
 @triton.jit

@@ -153,8 +153,8 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     while images > 1 and batch * channels * directions // images < want:
         images //= 2
     group = warps = back_chunk = 0
-    # The backward has about 8 warps per multiprocessor, of 16 channels each; with its directions in turn, as many as fit
-    # the cache with u, grad_out, the sums and the scratch, but not less than half.
+    # The backward has about 8 warps per multiprocessor, of 16 channels each; with its directions in turn, as many as
+    # fit the cache with u, grad_out, the sums and the scratch, but not less than half.
     half = 64 * device.processors
     if directions > 1 and not chunked and batch * channels >= half:
         slots = min(2 * half, int(share // (length * (2 * size + 4) + 4 * states * _scratch_rows(length))))
@@ -444,10 +444,18 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
         run(*args, **constants)
 
 
-def _add_up(parts: Tensor, out: Tensor, count: int) -> None:
+def _add_up(*sets: Tuple[Tensor, Tensor, int]) -> None:
+    """Up to three times out = the sum of `count` float32 arrays: (parts, out, count)."""
     block = 1024
-    n = out.numel()
-    _launch('merge_parts', -(-n // block), parts, out, n, count, BLOCK=block, num_warps=4)
+    parts, outs, counts = zip(*sets)
+    sizes = [out.numel() for out in outs]
+    blocks = [-(-n // block) for n in sizes]
+    if len(sets) == 1:
+        _launch('merge_parts', blocks[0], parts[0], outs[0], sizes[0], counts[0], BLOCK=block, num_warps=4)
+    else:
+        none = 3 - len(sets)
+        _launch('merge_three', sum(blocks), *parts, *parts[:none], *outs, *outs[:none], *sizes, *[0] * none, *counts,
+                *[0] * none, *blocks[:2], BLOCK=block, num_warps=4)
 
 
 def _width(scan: '_Scan') -> Tuple[int, int]:
@@ -586,10 +594,10 @@ def forward(
     if not merged:
         if gate_after:
             total = _like(out, torch.float32)
-            _add_up(target, total, scan.K)
+            _add_up((target, total, scan.K))
             out.copy_(total * torch.nn.functional.silu(z.float()))
         else:
-            _add_up(target, out, scan.K)
+            _add_up((target, out, scan.K))
     return out, last, states
 
 
@@ -723,12 +731,10 @@ def backward(
             part.batch, gu.numel() if apart else 0, gB.numel(), gC.numel(), n_saved,
             width, scan.N * width, **constants)
         block += b_blocks
-        if parts_u is not None:
-            _add_up(parts_u, gu, scan.K)
-        if slots_b > 1:
-            _add_up(parts_B, gB, slots_b)
-        if slots_c > 1:
-            _add_up(parts_C, gC, slots_c)
+        sets = [(parts, out, count) for parts, out, count in (
+            (parts_u, gu, scan.K), (parts_B, gB, slots_b), (parts_C, gC, slots_c)) if parts is not None and count > 1]
+        if sets:
+            _add_up(*sets)
 
     for t, grad, parts, const in ((B, grad_B, parts_B, scan.b_const), (C, grad_C, parts_C, scan.c_const)):
         if const:
