@@ -394,6 +394,10 @@ def pass_bytes(launches: List[Launch], gpu: GPU) -> int:
     """
     share, total = triton_scan.CACHE_SHARE * gpu.cache, 0
     buffers: Dict[Piece, int] = {}
+    for launch in launches:  # PyTorch reads the weights' partial sums, to add them up
+        total += sum(once for name, (_, once) in requested_bytes(launch).items()
+                     if name in ('grad_A', 'grad_D', 'grad_bias')
+                     or name in ('grad_B', 'grad_C') and launch.constants[f'{name[-1]}_CONST'])
     for run in runs(launches):
         pieces: Dict[Piece, int] = {}
         users: Dict[Piece, set] = collections.defaultdict(set)

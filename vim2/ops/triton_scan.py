@@ -3,13 +3,13 @@
 The kernels are in `triton_kernels`; `docs/op.md` tells the algorithm and why the parallel axes are chosen as they are.
 """
 import contextlib
-import copy
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
 import threading
+import types
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -348,17 +348,6 @@ class _Scan:
             B_CONST=self.b_const, C_CONST=self.c_const, FULL_N=self.N == self.NP,
             HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=bool(delta_softplus))
 
-    def of_images(self, first: int, last: int) -> '_Scan':
-        """The same scan of the images first .. last - 1: views, and flags that hold for all images alike."""
-        if last - first == self.batch:
-            return self
-        part = copy.copy(self)
-        part.batch = last - first
-        for name in ('u', 'delta', 'B', 'C', 'z'):
-            t = getattr(self, name)
-            setattr(part, name, t if t is None else t[first:last])
-        return part
-
     def index64(self, *outputs: Tensor) -> bool:
         extents = [_extent(self.u, 1), _extent(self.delta, 2), _extent(self.A, 1), _extent(self.B, 2), _extent(self.C,
                                                                                                                2)]
@@ -469,14 +458,14 @@ def _width(scan: '_Scan') -> Tuple[int, int]:
 
 
 def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Tensor],
-                  images: int) -> Callable[['_Scan', Tensor, Optional[Tensor]], Tensor]:
+                  images: int) -> Callable[..., Tensor]:
     """A function that finds what enters each chunk, (B, K, chunks, N, E): the state, or the adjoint's if x is grad_out.
 
-    It takes the scan, x and the initial state of some of the images, at most `images`, and returns the same buffer at
-    every call.
+    It takes x, delta, B (the adjoint: C), z and the initial states of some of the images, at most `images`, and returns
+    the same buffer at every call.
     """
     u, A = scan.u, scan.A
-    all_ends = u.new_empty((images, scan.K, scan.n_chunks, scan.N, scan.E), dtype=torch.float32)
+    ends = u.new_empty((images, scan.K, scan.n_chunks, scan.N, scan.E), dtype=torch.float32)
     lengths = u.new_empty((images, scan.K, scan.n_chunks, scan.E), dtype=torch.float32)
     width, warps = _width(scan)
     per_group, n_blocks = scan.blocks(width)
@@ -490,15 +479,15 @@ def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Ten
         EVEN_E=scan.width % width == 0, T=4, INDEX64=scan.index64(x), **flags, num_warps=warps)
     strides = (*A.stride(), scan.E, *(initial.stride() if initial is not None else (0, 0, 0, 0)))
 
-    def find(part: '_Scan', x: Tensor, initial: Optional[Tensor]) -> Tensor:
-        ends, B = all_ends[:part.batch], part.C if adjoint else part.B
+    def find(x: Tensor, delta: Tensor, B: Tensor, z: Optional[Tensor], initial: Optional[Tensor]) -> Tensor:
+        batch = x.shape[0]
         _launch(
-            'chunk_summary', part.batch * scan.K * scan.n_chunks * n_blocks,
-            x, part.delta, A, B, part.z if gated else x, x if scan.bias is None else scan.bias, ends, lengths,
+            'chunk_summary', batch * scan.K * scan.n_chunks * n_blocks,
+            x, delta, A, B, z if gated else x, x if scan.bias is None else scan.bias, ends, lengths,
             scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
             scan.width, scan.E // B.shape[2], scan.K, scan.codes, **summary)
         _launch(
-            'chunk_carry', part.batch * scan.K * -(-scan.E // 32),
+            'chunk_carry', batch * scan.K * -(-scan.E // 32),
             ends, lengths, A, initial if initial is not None else ends, scan.E, scan.N, scan.n_chunks,
             -(-scan.E // 32), scan.K, *strides,
             NP=scan.NP, BE=32, HAS_INITIAL=initial is not None, ADJOINT=adjoint, num_warps=1)
@@ -565,7 +554,7 @@ def forward(
     if scan.plan.together and scan.K > 1 and not (scan.b_const or scan.c_const):
         _together(scan, out, last, states)
         return out, last, states
-    start = _chunk_states(scan, u, False, None, scan.batch)(scan, u, None) if scan.n_chunks > 1 else None
+    start = _chunk_states(scan, u, False, None, scan.batch)(u, delta, B, z, None) if scan.n_chunks > 1 else None
 
     merged = scan.K == 1 or scan.plan.merge
     # With the directions apart there is no one program that could gate their sum.
@@ -685,8 +674,8 @@ def backward(
     elif grad_last is not None:
         end = grad_last.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
 
-    firsts = range(0, scan.batch, group)
-    sums = (sum(-(-min(group, scan.batch - first) // images) for first in firsts), scan.n_chunks, scan.K)
+    n_groups = -(-scan.batch // group)
+    sums = ((n_groups - 1) * blocks - (-(scan.batch - (n_groups - 1) * group) // images), scan.n_chunks, scan.K)
     sum_A = u.new_empty(sums + (scan.N, scan.E), dtype=torch.float32)
     sum_D = u.new_empty(sums + (scan.E,) if D is not None else (0,), dtype=torch.float32)
     sum_bias = u.new_empty(sums + (scan.E,) if delta_bias is not None else (0,), dtype=torch.float32)
@@ -702,37 +691,39 @@ def backward(
         HAS_D=D is not None, HAS_END=scan.n_chunks > 1 or end is not None, UNIT_E=unit,
         EVEN_E=scan.width % width == 0,
         INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
-    block = 0
-    for first in firsts:
-        last = min(first + group, scan.batch)
-        part, b_blocks = scan.of_images(first, last), -(-(last - first) // images)
 
-        def cut(t: Optional[Tensor], start: int = first, stop: Optional[int] = last) -> Optional[Tensor]:
-            return t if t is None or group == scan.batch else t[start:stop]
+    def split(t: Optional[Tensor], size: int = group) -> Sequence[Optional[Tensor]]:
+        """A tensor's part for each group, `size` long; a tensor that is absent, or the same for all, as it is."""
+        return [t] * n_groups if n_groups == 1 or t is None else t.split(size)
 
-        g, gu, gB, gC = (cut(t) for t in (grad_out, grad_u, grad_B, grad_C))
+    saved = scan.K * n_saved * scan.N * scan.E  # numbers per image
+    cuts = {name: split(t) for name, t in dict(
+        g=grad_out, u=u, delta=delta, B=B, C=C, z=u if z is None else z, gu=grad_u, gd=grad_delta, gB=grad_B, gC=grad_C,
+        gz=grad_u if z is None else grad_z, last=grad_last, end=end).items()}
+    cuts.update(
+        states=split(states[:-2], group * saved) if saved and n_groups > 1 else [states] * n_groups,
+        to_u=cuts['gu'] if parts_u is None else [parts_u] * n_groups,
+        to_B=split(parts_B) if scan.b_const else cuts['gB'] if parts_B is None else [parts_B] * n_groups,
+        to_C=split(parts_C) if scan.c_const else cuts['gC'] if parts_C is None else [parts_C] * n_groups,
+        A=split(sum_A, blocks), D=split(sum_A if D is None else sum_D, blocks),
+        bias=split(sum_A if delta_bias is None else sum_bias, blocks))
+    for p in (types.SimpleNamespace(**dict(zip(cuts, values))) for values in zip(*cuts.values())):
         if enter is not None:
-            entering = enter(part, g, cut(grad_last))
-        else:
-            entering = states if end is None else cut(end)
+            p.end = enter(p.g, p.delta, p.C, p.z, p.last)
         _launch(
-            'scan_backward', b_blocks * programs,
-            g, part.u, part.delta, A, part.B, part.C, u if D is None else D, u if z is None else part.z,
-            u if delta_bias is None else delta_bias,
-            cut(states, first * scan.K * n_saved * scan.N * scan.E, None), entering,
-            gu if parts_u is None else parts_u, cut(grad_delta), cut(sum_A, block, None),
-            gB if parts_B is None else cut(parts_B) if scan.b_const else parts_B,
-            gC if parts_C is None else cut(parts_C) if scan.c_const else parts_C,
-            cut(sum_D, block, None), cut(sum_bias, block, None), grad_u if z is None else cut(grad_z), scratch, acc,
+            'scan_backward', -(-p.g.shape[0] // images) * programs,
+            p.g, p.u, p.delta, A, p.B, p.C, u if D is None else D, p.z, u if delta_bias is None else delta_bias,
+            p.states, p.states if p.end is None else p.end,
+            p.to_u, p.gd, p.A, p.to_B, p.to_C, p.D, p.bias, p.gz, scratch, acc,
             scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, plan.chunk, scan.n_chunks, n_blocks, per_group,
             scan.width,
             scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
             1 if turns else scan.K, scan.codes, images,
-            part.batch, gu.numel() if apart else 0, gB.numel(), gC.numel(), n_saved,
+            p.g.shape[0], p.gu.numel() if apart else 0, p.gB.numel(), p.gC.numel(), n_saved,
             width, scan.N * width, **constants)
-        block += b_blocks
         sets = [(parts, out, count) for parts, out, count in (
-            (parts_u, gu, scan.K), (parts_B, gB, slots_b), (parts_C, gC, slots_c)) if parts is not None and count > 1]
+            (parts_u, p.gu, scan.K), (parts_B, p.gB, slots_b), (parts_C, p.gC, slots_c))
+            if parts is not None and count > 1]
         if sets:
             _add_up(*sets)
 
