@@ -180,7 +180,7 @@ def _group(batch: int, directions: int, channels: int, length: int, device: Devi
 
     A group alone has few programs, so its scans are cut too. Of the cuts whose group fits, the one with most warps at a
     time, each of 16 channels, 8 per multiprocessor being enough; of two with as many, the one with larger groups. A
-    chunked scan takes a quarter more instructions.
+    chunked scan takes a seventh more instructions.
     """
     maps, scanned = directions * channels * length, 2 * directions * states * length
     slots = -(-channels // 64)  # parts of the gradients of B and C
@@ -195,7 +195,7 @@ def _group(batch: int, directions: int, channels: int, length: int, device: Devi
             rows += chunks + 1  # what enters each chunk
         group = min(batch, int(CACHE_SHARE * device.cache // (image + 4 * directions * channels * states * rows)))
         warps = min(8 * device.processors, group * directions * -(-channels // 16) * length / chunk)
-        best = max(best, (warps * (0.8 if chunks > 1 else 1), group, -chunks, chunk))
+        best = max(best, (warps * (7 / 8 if chunks > 1 else 1), group, -chunks, chunk))
     return best[1], best[3] if best[2] < -1 else 0
 
 
