@@ -280,6 +280,20 @@ def test_plans():
         assert isinstance(plan, Plan) and plan.chunk % SAVE == 0 and 1 <= plan.batch <= args[0]
 
 
+def test_no_groups_in_a_trace(monkeypatch):
+    """Hundreds of launches would be as many nodes of Inductor's graph."""
+    import torch
+
+    from vim2.ops import triton_scan
+    monkeypatch.setattr(triton_scan, '_device', lambda device: triton_scan.Device(132, 50 << 20))
+    u = torch.empty(128, 384, 28, 28, device='meta')
+    plan = triton_scan._plan(u, 4, 16)
+    with triton_scan.traced():
+        traced = triton_scan._plan(u, 4, 16)
+    assert plan.group > 0 and (traced.group, traced.back_chunk, traced.turns) == (0, 0, False)
+    assert (traced.merge, traced.chunk, traced.together) == (plan.merge, plan.chunk, plan.together)
+
+
 def test_autotuning_picks_the_fastest_once(monkeypatch):
     import torch
 
