@@ -101,6 +101,7 @@ for shape, plan, layout, last in (
         (Shape(1, 3, 3, 3, 2, 2), Plan(False, 16), dict(), False),
         (Shape(3, 3, 3, 5, 2, 4), Plan(True, 16, 2, together=2, turns=True), dict(), True),
         (Shape(1, 3, 3, 6, 2, 2), Plan(True, 32, 1, together=1, turns=True), dict(gate=True), False),
+        (Shape(3, 35, 3, 6, 2, 2), Plan(False, 32, 1, warps=1, group=2, back_chunk=16), dict(), True),
         (Shape(2, 3, 1, 5, 2), Plan(True, 16), dict(constant=True), False)):
     data = [None if t is None else t.normal_(-2) for t in kernel_report.inputs(shape, torch.float16, device='cpu',
                                                                                **layout)]
@@ -121,8 +122,8 @@ def run(root, *args, **variables):
 def test_bytes_are_those_that_the_kernels_move(root):
     result = run(root, '-c', COUNT, TRITON_INTERPRET='1', PYTHONPATH=str(root))
     assert result.returncode == 0 and 'counted' in result.stdout, result.stdout + result.stderr[-3000:]
-    assert {'scan_forward', 'scan_together', 'scan_backward', 'chunk_summary', 'chunk_carry', 'merge_parts'} <= set(
-        line.split()[0] for line in result.stdout.splitlines())
+    assert {'scan_forward', 'scan_together', 'scan_backward', 'chunk_summary', 'chunk_carry', 'merge_parts',
+            'merge_three'} <= set(line.split()[0] for line in result.stdout.splitlines())
 
 
 def test_a_variant_compiles_without_a_gpu_and_does_not_spill(root, tmp_path):
@@ -144,7 +145,7 @@ def moved(label, gpu, dtype='fp16', training=True):
     shape, dtype = kernel_report.SHAPES[label], kernel_report.DTYPES[dtype]
     launches = kernel_report.record(shape, dtype, gpu=gpu, training=training,
                                     time_contiguous=label.startswith('channel'))
-    return [sum(kernel_report.memory_bytes(l, gpu) for l in group) / kernel_report.minimum_bytes(shape, dtype, backward)
+    return [kernel_report.pass_bytes(group, gpu) / kernel_report.minimum_bytes(shape, dtype, backward)
             for backward, group in enumerate(kernel_report.passes(launches)) if group]
 
 
@@ -157,6 +158,55 @@ def test_few_bytes_are_moved(label, dtype):
     for gpu in kernel_report.GPUS[:2]:
         forward, backward = moved(label, gpu, dtype)
         assert forward <= 1.15 and backward <= 1.5, (gpu.name, forward, backward)
+
+
+@pytest.mark.parametrize('dtype', ['fp16', 'bf16'])
+@pytest.mark.parametrize('stage', [1, 2])
+def test_few_bytes_are_moved_backward_in_groups(stage, dtype):
+    """The issue's bound where the maps fit the cache only a few images at a time, parts and chunk states included."""
+    import kernel_report
+    for gpu in kernel_report.GPUS[:2]:
+        assert moved(f'token mixer, stage {stage} at 224', gpu, dtype)[1] <= 1.5, gpu.name
+
+
+def test_groups_use_the_same_buffers():
+    import dataclasses
+
+    import kernel_report
+    h100 = kernel_report.GPUS[1]
+    shape, dtype = kernel_report.SHAPES['token mixer, stage 2 at 224'], kernel_report.DTYPES['fp16']
+    backward = kernel_report.passes(kernel_report.record(shape, dtype, gpu=h100))[1]
+    group = next(l for l in backward if l.kernel == 'scan_backward').arguments['n_batch']
+    groups = kernel_report.runs(backward)
+    assert 1 < len(groups) == -(-shape.batch // group) and len({len(run) for run in groups}) == 1
+    # The parts of the gradients of u, B and C and the scratch: one buffer each. The outputs: another place per group.
+    for names, count in ((('parts', 'parts_B', 'parts_C', 'scratch', 'ends'), 5),
+                         (('out', 'out_B', 'out_C'), 3 * len(groups))):
+        pieces = {kernel_report._piece(l.arguments[name]) for l in backward for name in names if name in l.arguments}
+        assert len(pieces) == count, names
+    # They count once, for the whole pass, only where a group fits the cache.
+    small = dataclasses.replace(h100, cache=h100.cache // 4)
+    least = kernel_report.minimum_bytes(shape, dtype, True)
+    assert kernel_report.pass_bytes(backward, small) > 3 * least
+    assert kernel_report.pass_bytes(backward, h100) < sum(
+        sum(kernel_report.tensor_bytes(l, h100).values()) for l in backward) / 2
+
+
+def test_the_second_reading_of_a_chunked_scan():
+    """The main kernel reads again what `chunk_summary` read: from the cache where that holds it."""
+    import dataclasses
+
+    import kernel_report
+    shape, dtype = kernel_report.SHAPES['sequence'], kernel_report.DTYPES['fp16']
+    mi300x = kernel_report.GPUS[2]
+    forward = kernel_report.passes(kernel_report.record(shape, dtype, gpu=mi300x))[0]
+    assert forward[0].kernel == 'chunk_summary'
+    alone = sum(sum(kernel_report.tensor_bytes(l, mi300x).values()) for l in forward)
+    bytes_of = [kernel_report.pass_bytes(forward, dataclasses.replace(mi300x, cache=int(f * mi300x.cache)))
+                for f in (0.5, 0.7, 1, 4)]
+    again = 2 * shape.batch * shape.channels * shape.width * 2  # u and delta
+    assert bytes_of[0] == alone > bytes_of[1] > bytes_of[2] == bytes_of[3]
+    assert alone - bytes_of[1] < 0.9 * again < again < alone - bytes_of[2]
 
 
 def test_where_more_bytes_are_moved():

@@ -47,6 +47,8 @@ torch.use_deterministic_algorithms(True)    # memory that nothing wrote holds Na
 def strided(t, layout, channel):
     if layout == 'channels':
         return t.movedim(channel, -1).contiguous().movedim(-1, channel)
+    if layout == 'images last':
+        return t.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == 'odd':
         wide = t.new_zeros([s + 1 for s in t.shape])
         view = wide[tuple(slice(0, s) for s in t.shape)]
@@ -85,7 +87,7 @@ def check(batch, channels, height, width, states, directions, groups=(1, 1), dty
     assert saved.shape == triton_scan.states_shape(data[0], *data[2:5])
     grads = triton_scan.backward(grad_out, grad_last, *data, saved, softplus, directions, plan=plan)
     again = triton_scan.backward(grad_out, grad_last, *data, saved, softplus, directions,
-                                 plan=plan) if batch == 1 else grads
+                                 plan=plan) if batch == 1 or plan is not None and plan.group else grads
     tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     names = ['out', 'last state'] + ['grad of ' + n for n in ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'bias')]
     for name, actual, want, given in zip(names, (out, state) + grads, expected, [data[0], None] + data):
@@ -114,6 +116,8 @@ CASES = {
     'time contiguous, chunked, gated, reversed, odd': dict(
         batch=1, channels=2, height=1, width=35, states=2, directions=[2], layout='time', gate=True, last=True,
         plan='Plan(True, 16)'),
+    'chunked, the last chunk of 2 steps': dict(batch=1, channels=3, height=1, width=18, states=2, directions=[0],
+                                               last=True, plan='Plan(True, 16)'),
     'four directions, added in turn': dict(batch=1, channels=3, height=3, width=4, states=2, directions=[0, 1, 2, 3],
                                            plan='Plan(True, 16)'),
     'four directions apart, chunked': dict(batch=1, channels=3, height=4, width=5, states=2, directions=[0, 1, 2, 3],
@@ -125,6 +129,26 @@ CASES = {
     'two directions in lockstep, any strides, groups': dict(
         batch=1, channels=4, height=3, width=3, states=4, directions=[2, 1], layout='odd', groups=(2, 1), skip=False,
         bias=False, plan='Plan(False, 16, 1, together=2)'),
+    'images in groups that do not divide them, gated': dict(
+        batch=5, channels=3, height=3, width=4, states=2, directions=[0, 1, 2, 3], gate=True,
+        plan='Plan(True, 16, 1, group=2)'),
+    'images in groups, chunked, groups of channels': dict(
+        batch=3, channels=6, height=4, width=5, states=3, directions=[0, 1, 2, 3], groups=(2, 3), last=True,
+        plan='Plan(True, 32, 2, together=1, group=2, back_chunk=16)'),
+    'images in groups, several parts of the gradients of B and C': dict(
+        batch=3, channels=35, height=3, width=6, states=2, directions=[3, 0], last=True, dtype='torch.float16',
+        plan='Plan(False, 32, 1, warps=1, group=2, back_chunk=16)'),
+    'one direction in groups, chunked, gated, time contiguous': dict(
+        batch=3, channels=3, height=1, width=35, states=2, directions=[2], layout='time', gate=True, last=True,
+        plan='Plan(True, 48, group=2, back_chunk=16)'),
+    'directions in turn in groups, any strides': dict(
+        batch=3, channels=3, height=2, width=3, states=4, directions=[0, 2], layout='odd',
+        plan='Plan(True, 16, 2, turns=True, group=2)'),
+    'constant B in groups': dict(batch=3, channels=4, height=2, width=3, states=2, directions=[0, 1], groups=(2, 1),
+                                 constant=(True, False), plan='Plan(False, 16, group=2)'),
+    'groups of images that are not pieces of memory': dict(
+        batch=3, channels=3, height=2, width=3, states=2, directions=[0, 1], layout='images last',
+        plan='Plan(False, 16, group=2)'),
     'several images per program': dict(batch=3, channels=2, height=2, width=3, states=2, directions=[1, 3],
                                        plan='Plan(True, 16, 2)'),
     'gated map': dict(batch=1, channels=2, height=2, width=3, states=2, directions=[0, 3], gate=True,
@@ -237,6 +261,16 @@ def test_plans():
     assert small.merge and small.chunk >= 196
     assert small.together == 2 * 132 and small.turns        # and the maps in flight fit its cache
     assert make_plan(128, 4, 384, 784, gpu).together == 2 * 132
+    for device in (gpu, Device(108, 40 << 20)):             # the cache holds a few of these: the backward in groups
+        for channels, length in ((384, 784), (192, 3136)):
+            few = make_plan(128, 4, channels, length, device)
+            assert 0 < few.group < 128 and not few.turns and few.back_chunk % SAVE == 0
+            # At least a warp, of 16 channels, per multiprocessor; and the parts of the gradient of u fit the cache.
+            assert few.group * 4 * channels // 16 * -(-length // few.back_chunk) >= device.processors
+            assert few.group * 4 * channels * length * 4 < 0.8 * device.cache
+            whole = make_plan(128, 4, channels, length, device, grouped=False)
+            assert whole.group == whole.back_chunk == whole.warps == 0 and whole.together == few.together
+    assert make_plan(1, 4, 192, 3136, gpu).group == make_plan(128, 1, 192, 3136, gpu).group == 0
     large = make_plan(8, 4, 192, 3136, gpu)
     assert not (large.merge or large.together or large.turns)
     one = make_plan(1, 4, 192, 65536, gpu)                  # one large image: the scan itself is cut
@@ -244,6 +278,20 @@ def test_plans():
     for args in ((1, 1, 1, 1, gpu), (3, 2, 17, 131, Device(1, 1 << 20)), (1, 4, 96, 50176, Device(304, 256 << 20))):
         plan = make_plan(*args)
         assert isinstance(plan, Plan) and plan.chunk % SAVE == 0 and 1 <= plan.batch <= args[0]
+
+
+def test_no_groups_in_a_trace(monkeypatch):
+    """Hundreds of launches would be as many nodes of Inductor's graph."""
+    import torch
+
+    from vim2.ops import triton_scan
+    monkeypatch.setattr(triton_scan, '_device', lambda device: triton_scan.Device(132, 50 << 20))
+    u = torch.empty(128, 384, 28, 28, device='meta')
+    plan = triton_scan._plan(u, 4, 16)
+    with triton_scan.traced():
+        traced = triton_scan._plan(u, 4, 16)
+    assert plan.group > 0 and (traced.group, traced.back_chunk, traced.turns) == (0, 0, False)
+    assert (traced.merge, traced.chunk, traced.together) == (plan.merge, plan.chunk, plan.together)
 
 
 def test_autotuning_picks_the_fastest_once(monkeypatch):
@@ -271,6 +319,11 @@ def test_autotuning_picks_the_fastest_once(monkeypatch):
     assert choose(u[:, :, :7, :7]) != first and len(tried) == 6
     choose(u, backward=True)
     assert len(tried) == 9 and len({(p.warps, p.turns) for p in tried[6:]}) == 3
+    # Where the plan goes in groups, all images at once is tried, with the directions apart and in turn.
+    triton_scan.tuned_plan(lambda plan: plan, torch.empty(128, 384, 28, 28, device='meta'), A, B, [0, 1, 2, 3], False,
+                           True, seconds)
+    assert [(p.group > 0, p.back_chunk > 0, p.turns) for p in tried[9:]] == [
+        (True, True, False), (False, False, False), (False, False, True)]
     for plan in (triton_scan.make_plan(8, 1, 2048, 2048, triton_scan.Device(132, 50 << 20)), first):
         for backward in (False, True):
             grid = triton_scan.plan_grid(plan, 2048, 1, 2048, backward)

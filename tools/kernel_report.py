@@ -178,6 +178,11 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
     if launch.kernel == 'merge_parts':
         n = a['n_elements']
         return {'parts': (n * a['n_parts'] * 4,) * 2, 'out': (n * size['out'],) * 2}
+    if launch.kernel == 'merge_three':
+        out = {}
+        for suffix, n, count in (('', 'n_elements', 'n_parts'), ('_B', 'n_B', 'slots_B'), ('_C', 'n_C', 'slots_C')):
+            out[f'parts{suffix}'], out[f'out{suffix}'] = (a[n] * a[count] * 4,) * 2, (a[n] * size[f'out{suffix}'],) * 2
+        return {name: counted for name, counted in out.items() if counted[0]}
     K, E, N, L, blocks, chunks = a['K'], a['E'], a['N'], a.get('L'), a['n_blocks'], a.get('n_chunks', 1)
     weights = {'A': E * N, 'D': E if c.get('HAS_D') else 0, 'bias': E if c.get('HAS_BIAS') else 0}
     out: Dict[str, List[int]] = collections.defaultdict(lambda: [0, 0])
@@ -258,15 +263,17 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
     else:
         images, BB, KM = a['n_batch'], a['BB'], c['KM']
         SAVE, PART, width = c['SAVE'], c['PART'], c['CR'] * c['CW'] * c['CL']
-        adjoint = recomputed = segments = kept = 0
+        adjoint = recomputed = segments = kept = rows = 0
         for lo, hi in spans:
+            longest = 0
             for segment in range((lo + a['pad']) // SAVE, (hi + a['pad'] - 1) // SAVE + 1):
                 t_0, t_1 = max(segment * SAVE - a['pad'], lo), min((segment + 1) * SAVE - a['pad'], hi)
                 groups = -(-(t_1 - t_0) // T)
                 adjoint += groups * T
                 parts = -(-groups * T // PART)
                 recomputed += (parts - 1) * PART + (groups - parts) * T
-                segments, kept = segments + 1, kept + parts - 1
+                segments, kept, longest = segments + 1, kept + parts - 1, max(longest, parts - 1)
+            rows += longest
         first = recomputed + adjoint   # steps that run forward
         add('u', images * K * (first + adjoint) * E, images * L * E)
         add('delta', images * K * (first + (adjoint if c['SOFTPLUS'] else 0)) * E, images * K * L * E)
@@ -286,8 +293,7 @@ def requested_bytes(launch: Launch) -> Dict[str, Tuple[int, int]]:
         add('grad_u', images * (K // KM) * adjoint * E, images * a['KS'] * L * E)
         if KM > 1:  # the program's own sums; what must reach memory is one writing back
             add('acc', 2 * images * (KM - 1) * adjoint * E, launch.programs * L * width)
-        add('scratch', 2 * images * K * kept * E * N,
-            K // KM * min(kept, SAVE // PART) * E * N * -(-images // BB))
+        add('scratch', 2 * images * K * kept * E * N, K // KM * rows * E * N * -(-images // BB))
         add('states', images * K * (segments - 1) * E * N, images * K * (segments - 1) * E * N)
         if c['HAS_END']:
             add('end', images * chunks * K * E * N, images * chunks * K * E * N)
@@ -302,13 +308,16 @@ def reused(launch: Launch, gpu: GPU, registers: int = 168) -> Tuple[str, ...]:
     """The maps that several directions read or add to, and that stay in the last-level cache in between.
 
     Directions in turn, or side by side, go over the same map within the time that a program takes for its scans: what
-    all resident programs touch must stay in the cache for so long.
+    all resident programs touch must stay in the cache for so long, the backward's scratch with it.
     """
     a, c = launch.arguments, launch.constants
     width = c['BE'] if 'BE' in c else c['CR'] * c['CW'] * c['CL']
     if launch.kernel == 'scan_backward':
         registers = 255
     resident = min(launch.programs, gpu.processors * max(1, 65536 // registers // (32 * launch.warps)))
+    scratch = 0
+    if launch.kernel == 'scan_backward':
+        scratch = resident * requested_bytes(launch).get('scratch', (0, 0))[1] / launch.programs
     maps = ('u', 'acc') if launch.kernel != 'scan_backward' else ('u', 'grad_out', 'acc')
     if a.get('KS', 1) > 1:  # side by side: the programs of a block share its maps, each has its own sums
         resident, maps = resident / a['KS'], maps[:-1]
@@ -318,18 +327,13 @@ def reused(launch: Launch, gpu: GPU, registers: int = 168) -> Tuple[str, ...]:
         per_position += a['delta'].element_size()  # streams through, as much of it as of u in each direction
     if a.get('n_chunks', 1) > 1:  # all chunks of an image are resident together before the first one ends
         resident /= a['n_chunks']
-    footprint = max(resident * width, min(width, a['E'])) * span * per_position
+    footprint = max(resident * width, min(width, a['E'])) * span * per_position + scratch
     return maps if footprint <= triton_scan.CACHE_SHARE * gpu.cache else ()
 
 
-def memory_bytes(launch: Launch, gpu: GPU) -> int:
-    """Bytes through device memory: neighbouring programs share B and C in the cache; a map that K directions read one
-    after the other, or add to, is read again from memory unless it fits the cache."""
-    return sum(tensor_bytes(launch, gpu).values())
-
-
 def tensor_bytes(launch: Launch, gpu: GPU) -> Dict[str, int]:
-    """`memory_bytes` by tensor."""
+    """Bytes of one launch by itself through device memory, by tensor: neighbouring programs share B and C in the cache;
+    a map that K directions read one after the other, or add to, is read again from memory unless it fits the cache."""
     a, c = launch.arguments, launch.constants
     counted = {name: once for name, (_, once) in requested_bytes(launch).items()}
     scans = ('scan_forward', 'scan_together', 'scan_backward')
@@ -347,6 +351,83 @@ def tensor_bytes(launch: Launch, gpu: GPU) -> Dict[str, int]:
         passes = 2 * a['K'] + 2 if launch.kernel == 'scan_together' else 2 * (c['KM'] - 1)
         counted['acc'] = passes * 4 * images * a['L'] * a['E']
     return counted
+
+
+# What a launch's programs, or the launches of one run, read or overwrite again; and what streams through beside it as
+# fast. The rest is read or written once: saved states, the gradients that are merged, weights.
+AGAIN = ('u', 'x', 'grad_out', 'delta', 'grad_delta', 'B', 'C', 'scratch', 'acc')
+Piece = Tuple[int, int]
+
+
+def _piece(t: torch.Tensor) -> Piece:
+    """Where a tensor starts: the same for launches given the same buffer, another for other images of a tensor.
+
+    The address of the storage object, not of its memory: a meta tensor has none.
+    """
+    return t.untyped_storage()._cdata, t.storage_offset()
+
+
+def runs(launches: List[Launch]) -> List[List[Launch]]:
+    """A pass cut into what is launched for one group of images: all of it where there are no groups."""
+    out: List[List[Launch]] = []
+    for launch in launches:
+        follows = launch.kernel in ('merge_parts', 'merge_three', 'chunk_carry')
+        if out and (follows or out[-1][-1].kernel == 'chunk_carry'):
+            out[-1].append(launch)
+        else:
+            out.append([launch])
+    return out
+
+
+def pass_bytes(launches: List[Launch], gpu: GPU) -> int:
+    """Bytes of a forward or backward through device memory: of its launches, less what one leaves in the cache for the
+    next.
+
+    - Where everything that a run of launches goes over more than once, and what streams through beside it (`AGAIN`),
+      takes less than CACHE_SHARE of the cache, and everything that the run touches fits it, so that no line is dropped
+      between two uses: every input once, every output once, and nothing of what one of the launches writes and another
+      reads, nor of the scratch. A cache writes back no sooner than it must, so that of a buffer used by many runs only
+      what is in it after the last one is written.
+    - Else, where the scan is cut into chunks, the main kernel reads what `chunk_summary` has read, in the same order.
+      A cache that drops what was used longest ago still holds a line if what was touched since fits: the rest of what
+      the two read alike, and at place p of it (0 to 1) the share p of what else the main kernel moves.
+    """
+    share, total = triton_scan.CACHE_SHARE * gpu.cache, 0
+    buffers: Dict[Piece, int] = {}
+    for launch in launches:  # PyTorch reads the weights' partial sums, to add them up
+        total += sum(once for name, (_, once) in requested_bytes(launch).items()
+                     if name in ('grad_A', 'grad_D', 'grad_bias')
+                     or name in ('grad_B', 'grad_C') and launch.constants[f'{name[-1]}_CONST'])
+    for run in runs(launches):
+        pieces: Dict[Piece, int] = {}
+        users: Dict[Piece, set] = collections.defaultdict(set)
+        names: Dict[Piece, set] = collections.defaultdict(set)
+        written = set()
+        for i, launch in enumerate(run):
+            for name, (_, once) in requested_bytes(launch).items():
+                key = _piece(launch.arguments[name])
+                pieces[key] = min(pieces.get(key, once), once)  # `chunk_carry` reads and writes the same place
+                users[key].add(i)
+                names[key].add(name)
+                if name in ('scratch', 'acc', 'ends', 'lengths') or name.startswith('parts'):
+                    written.add(key)
+        again = sum(size for key, size in pieces.items() if len(users[key]) > 1 or names[key] & set(AGAIN))
+        if len(run) > 1 and again <= share and sum(pieces.values()) <= gpu.cache:
+            for key, size in pieces.items():
+                if key in written:
+                    buffers[key] = max(buffers.get(key, 0), size)
+                else:
+                    total += size
+            continue
+        alone = [tensor_bytes(launch, gpu) for launch in run]
+        total += sum(sum(counted.values()) for counted in alone)
+        if run[0].kernel == 'chunk_summary':
+            main = run[2]
+            shared = sum(size for key, size in pieces.items() if {0, 2} <= users[key])
+            streams = sum(alone[2].values()) - shared
+            total -= int(shared * min(1.0, max(0.0, (share - shared) / streams)))
+            assert main.kernel.startswith('scan_')
+    return total + sum(buffers.values())
 
 
 # Machine code --------------------------------------------------------------------------------------------------------
@@ -558,6 +639,7 @@ def variants() -> Dict[str, List[Launch]]:
         out[f'map-{name}'] = record(image, dtype, Plan(True, 256, 2, together=2, turns=True), last=True)
         out[f'map-turn-{name}'] = record(image, dtype, Plan(True, 256, 2), training=False)
         out[f'map-apart-{name}'] = record(image, dtype, Plan(False, 256))
+        out[f'map-groups-{name}'] = record(image, dtype, Plan(False, 256, warps=4, group=1, back_chunk=128))
         out[f'ragged-{name}'] = record(Shape(2, 100, 1, 256, 12), dtype, Plan(True, 256))
     for n in (1, 4, 32, 64):
         out[f'states-{n}'] = record(dataclasses.replace(sequence, states=n), torch.float16, Plan(True, 256))
@@ -661,7 +743,7 @@ def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, o
                 main = next(l for l in group if l.kernel.startswith('scan_'))
                 least = minimum_bytes(shape, dtype, backward)
                 asked = sum(sum(r for r, _ in requested_bytes(l).values()) for l in group)
-                moved = sum(memory_bytes(l, gpu) for l in group)
+                moved = pass_bytes(group, gpu)
                 rate = gpu.processors * gpu.clock
                 # The fewest exponentials: one per state and step and one for the softplus. A backward that keeps no
                 # state needs every decay at least once.
@@ -676,11 +758,14 @@ def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, o
                     variant = 'map-turn' if main.kernel == 'scan_forward' else 'map'
                 mix = mixes.get((f'{variant}-{dtype_name}', main.kernel, gpu.target))
                 if mix:
-                    twice = 2 if any(l.kernel == 'chunk_summary' for l in group) else 1
+                    # `chunk_summary` does what a forward of one direction does, but for its output.
+                    first = mixes.get((f'sequence-{dtype_name}', 'scan_forward', gpu.target)) or {}
+                    chunked = any(l.kernel == 'chunk_summary' for l in group)
+                    mix = {k: mix.get(k, 0) + (first.get(k, 0) if chunked else 0) for k in {*mix, *first}}
                     states = steps * shape.states
-                    row['exp_used_ms'] = twice * states * (mix.get('exp', 0) + mix.get('mufu', 0)) / (
+                    row['exp_used_ms'] = states * (mix.get('exp', 0) + mix.get('mufu', 0)) / (
                         rate * gpu.exponentials) * 1e3
-                    row['issue_ms'] = twice * states * sum(mix.values()) / (rate * gpu.instructions) * 1e3
+                    row['issue_ms'] = states * sum(mix.values()) / (rate * gpu.instructions) * 1e3
                 floor = max(row['memory_ms'], row['exp_ms'])
                 units = {'memory': row['moved_ms'], 'exponentials': row.get('exp_used_ms', 0),
                          'issue': row.get('issue_ms', 0)}

@@ -544,7 +544,8 @@ def chunk_summary(
                 at = tl.minimum(t_first + t + s, t_last - 1)
             j_, i_ = _place(at, code, H, W, INDEX64)
             h_, w_ = _natural(j_, i_, code, H, W)
-            xs = xs + (_load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32),)
+            x_s = _load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32)
+            xs = xs + (tl.where(valid, x_s, 0.0),)  # the adjoint adds it whatever the step
             dt = _load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask_e, EVEN_E).to(tl.float32)
             if HAS_Z:
                 zs = zs + (_load(z_p + (h_ * z_h + w_ * z_w) + e_z, mask_e, EVEN_E).to(tl.float32),)
@@ -603,16 +604,34 @@ def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e
         h = tl.exp2(length[None, :] * a2) * h + leaves
 
 
-@_kernel('parts out')
-def merge_parts(parts, out, n_elements, n_parts, BLOCK: tl.constexpr):
-    """out = sum of n_parts arrays of n_elements each, added up in order, in float32."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _merge(parts, out, n_elements, n_parts, block, BLOCK: tl.constexpr):
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n_elements
     total = tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
     for _ in range(1, n_parts):
         parts += n_elements
         total += tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@_kernel('parts out')
+def merge_parts(parts, out, n_elements, n_parts, BLOCK: tl.constexpr):
+    """out = sum of n_parts arrays of n_elements each, added up in order, in float32."""
+    _merge(parts, out, n_elements, n_parts, tl.program_id(0), BLOCK)
+
+
+@_kernel('parts parts_B parts_C out out_B out_C')
+def merge_three(parts, parts_B, parts_C, out, out_B, out_C, n_elements, n_B, n_C, n_parts, slots_B, slots_C,
+                blocks, blocks_B, BLOCK: tl.constexpr):
+    """`merge_parts` of up to three sets in one launch: what the backward does for every group of images."""
+    pid = tl.program_id(0)
+    if pid < blocks:
+        _merge(parts, out, n_elements, n_parts, pid, BLOCK)
+    elif pid < blocks + blocks_B:
+        _merge(parts_B, out_B, n_B, slots_B, pid - blocks, BLOCK)
+    else:
+        _merge(parts_C, out_C, n_C, slots_C, pid - blocks - blocks_B, BLOCK)
 
 
 @triton.jit

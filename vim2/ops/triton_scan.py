@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import threading
+import types
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -75,6 +76,9 @@ class Plan:
             the cache; else each direction is a program of its own.
         width: channels per program of the forward; 0: as many of 32, 64, 128 as divide the channels of a group.
         warps: warps per program of the backward, each of 8 or 16 channels; 0: by the channels of a group.
+        group: images per group of the backward: one group after the other, through the same buffers for its partial
+            sums, which so need never leave the cache; 0: all images at once.
+        back_chunk: `chunk` of the backward, where that is another one; 0: `chunk`.
     """
     merge: bool
     chunk: int
@@ -83,6 +87,8 @@ class Plan:
     turns: bool = False
     width: int = 0
     warps: int = 0
+    group: int = 0
+    back_chunk: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +120,15 @@ TOGETHER = 32    # channels per program of the forward with the directions in lo
 CACHE_SHARE = 0.8
 
 
-def make_plan(batch: int, directions: int, channels: int, length: int, device: Device, size: int = 2) -> Plan:
-    """The plan for a shape on a device, with `size` bytes per element of u.
+@functools.lru_cache(maxsize=None)
+def make_plan(batch: int, directions: int, channels: int, length: int, device: Device, size: int = 2, states: int = 16,
+              grouped: bool = True) -> Plan:
+    """The plan for a shape on a device, with `size` bytes per element of u; `grouped`: the backward may go in groups.
 
     Directions share one program where images x channels fill the device and the maps in flight fit its cache; they are
     apart where they do not, and the scan is chunked only if even the directions apart leave most of the device idle: a
-    chunked scan computes every decay twice.
+    chunked scan computes every decay twice. A backward with the directions apart goes in groups of images that fit the
+    cache, partial sums included.
     """
     want = LANES_PER_PROCESSOR * device.processors
     lanes = batch * channels
@@ -143,17 +152,58 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     images = max(1, min(batch, 512 // max(length, 1)))
     while images > 1 and batch * channels * directions // images < want:
         images //= 2
-    # The backward has about 8 warps per multiprocessor, of 16 channels each.
-    slots = 128 * device.processors
-    if (directions > 1 and not chunked and batch * channels >= slots
-            and slots * length * (2 * size + 4) <= share):
-        turns, images = True, min(batch, -(-batch * channels // slots))
-    return Plan(merge, chunk, images, together, turns)
+    group = warps = back_chunk = 0
+    # The backward has about 8 warps per multiprocessor, of 16 channels each; with its directions in turn, as many as
+    # fit the cache with u, grad_out, the sums and the scratch, but not less than half.
+    half = 64 * device.processors
+    if directions > 1 and not chunked and batch * channels >= half:
+        slots = min(2 * half, int(share // (length * (2 * size + 4) + 4 * states * _scratch_rows(length))))
+        if slots >= max(half, channels):
+            turns = batch * channels >= slots
+            images = -(-batch // (slots // channels)) if turns else images
+        elif grouped:
+            group, back_chunk = _group(batch, directions, channels, length, device, size, states)
+    if group:
+        # A warp per scheduler: a group has few programs, and parts of the gradients of B and C that stay in the cache.
+        images, warps = 1, 4
+    return Plan(merge, chunk, images, together, turns, 0, warps, group, back_chunk)
 
 
-def _plan(u: Tensor, directions: int) -> Plan:
+def _scratch_rows(steps: int) -> int:
+    """States that a program of the backward keeps in its scratch, at most, over that many steps."""
+    return -(-min(steps, SAVE) // PART) - 1
+
+
+def _group(batch: int, directions: int, channels: int, length: int, device: Device, size: int,
+           states: int) -> Tuple[int, int]:
+    """Images per group of the backward and steps per program; (0, 0) if no group both fits the cache and is worth it.
+
+    A group alone has few programs, so its scans are cut too. Of the cuts whose group fits, the one with most warps at a
+    time, each of 16 channels, 8 per multiprocessor being enough; of two with as many, the one with larger groups. A
+    chunked scan takes a seventh more instructions.
+    """
+    maps, scanned = directions * channels * length, 2 * directions * states * length
+    slots = -(-channels // 64)  # parts of the gradients of B and C
+    # u, grad_out; parts of grad_u; delta, grad_delta; B and C and their gradients' parts.
+    image = 2 * channels * length * size + maps * (4 + 2 * size) + scanned * (size + 4 * slots * (slots > 1))
+    best = device.processors, 0, 0, 0  # at least one warp each
+    for count in range(1, length // SAVE + 2):
+        chunk = -(-length // (count * SAVE)) * SAVE
+        chunks = -(-length // chunk)
+        rows = (chunks - 1) * _scratch_rows(chunk) + _scratch_rows(length - (chunks - 1) * chunk)
+        if chunks > 1:
+            rows += chunks + 1  # what enters each chunk
+        group = min(batch, int(CACHE_SHARE * device.cache // (image + 4 * directions * channels * states * rows)))
+        warps = min(8 * device.processors, group * directions * -(-channels // 16) * length / chunk)
+        best = max(best, (warps * (7 / 8 if chunks > 1 else 1), group, -chunks, chunk))
+    return best[1], best[3] if best[2] < -1 else 0
+
+
+def _plan(u: Tensor, directions: int, states: int) -> Plan:
     batch, channels, height, width = u.shape
-    return make_plan(batch, directions, channels, height * width, _device(u.device), u.element_size())
+    # Hundreds of launches would be as many nodes of a graph.
+    return make_plan(batch, directions, channels, height * width, _device(u.device), u.element_size(), states,
+                     not getattr(_tracing, 'on', False))
 
 
 # Autotuning ---------------------------------------------------------------------------------------------------------
@@ -170,6 +220,9 @@ def plan_grid(plan: Plan, channels: int, directions: int, length: int, backward:
     """
     chunked = plan.chunk < length
     if backward:
+        if plan.group:  # fewer bytes, but more launches of fewer programs each
+            apart = dict(group=0, back_chunk=0, warps=0)
+            return [{}, apart, dict(apart, turns=True)]
         grid = [{}, dict(warps=4)] if channels >= 256 else [{}, dict(warps=2)]
         return grid + ([dict(turns=not plan.turns, batch=1)] if directions > 1 and not chunked else [])
     if directions > 1 and not chunked:
@@ -214,10 +267,10 @@ def tuned_plan(run: Callable[[Plan], object], u: Tensor, A: Tensor, B: Tensor, d
     Measured at the first call and kept for the process, so that a process computes the same bits every time.
     """
     batch, channels, height, width = u.shape
-    plan = _plan(u, len(directions))
+    plan = _plan(u, len(directions), A.shape[2])
     rounded = tuple(_power_of_two(n) for n in (batch, height, width))
     key = (backward, u.device, u.dtype, A.shape[2], B.shape[2], tuple(directions), channels, *rounded, u.stride(1) == 1,
-           gated, plan.chunk < height * width, bool(plan.together), plan.turns)
+           gated, plan.chunk < height * width, bool(plan.together), plan.turns, plan.group > 0)
     if key not in _tuned:
         best = None
         for change in plan_grid(plan, channels // B.shape[2], len(directions), height * width, backward):
@@ -263,7 +316,7 @@ class _Scan:
     flags."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan):
-        self.plan = _plan(u, len(directions)) if plan is None else plan
+        self.plan = _plan(u, len(directions), A.shape[2]) if plan is None else plan
         self.directions = directions
         self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.bias = u, delta, A, B, C, D, z, delta_bias
         self.batch, self.E, self.H, self.W = u.shape
@@ -380,10 +433,18 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
         run(*args, **constants)
 
 
-def _add_up(parts: Tensor, out: Tensor, count: int) -> None:
+def _add_up(*sets: Tuple[Tensor, Tensor, int]) -> None:
+    """Up to three times out = the sum of `count` float32 arrays: (parts, out, count)."""
     block = 1024
-    n = out.numel()
-    _launch('merge_parts', -(-n // block), parts, out, n, count, BLOCK=block, num_warps=4)
+    parts, outs, counts = zip(*sets)
+    sizes = [out.numel() for out in outs]
+    blocks = [-(-n // block) for n in sizes]
+    if len(sets) == 1:
+        _launch('merge_parts', blocks[0], parts[0], outs[0], sizes[0], counts[0], BLOCK=block, num_warps=4)
+    else:
+        none = 3 - len(sets)
+        _launch('merge_three', sum(blocks), *parts, *parts[:none], *outs, *outs[:none], *sizes, *[0] * none, *counts,
+                *[0] * none, *blocks[:2], BLOCK=block, num_warps=4)
 
 
 def _width(scan: '_Scan') -> Tuple[int, int]:
@@ -396,34 +457,43 @@ def _width(scan: '_Scan') -> Tuple[int, int]:
     return width, width // 32
 
 
-def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Tensor]) -> Tensor:
-    """What enters each chunk, (B, K, chunks, N, E): the state, or the adjoint's if x is grad_out."""
+def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Tensor],
+                  images: int) -> Callable[..., Tensor]:
+    """A function that finds what enters each chunk, (B, K, chunks, N, E): the state, or the adjoint's if x is grad_out.
+
+    It takes x, delta, B (the adjoint: C), z and the initial states of some of the images, at most `images`, and returns
+    the same buffer at every call.
+    """
     u, A = scan.u, scan.A
-    ends = u.new_empty((scan.batch, scan.K, scan.n_chunks, scan.N, scan.E), dtype=torch.float32)
-    lengths = u.new_empty((scan.batch, scan.K, scan.n_chunks, scan.E), dtype=torch.float32)
+    ends = u.new_empty((images, scan.K, scan.n_chunks, scan.N, scan.E), dtype=torch.float32)
+    lengths = u.new_empty((images, scan.K, scan.n_chunks, scan.E), dtype=torch.float32)
     width, warps = _width(scan)
     per_group, n_blocks = scan.blocks(width)
     B, const = (scan.C, scan.c_const) if adjoint else (scan.B, scan.b_const)
     gated = adjoint and scan.z is not None
     unit = scan.delta.stride(2) == 1 and x.stride(1) == 1 and (not gated or scan.z.stride(1) == 1)
     flags = {k: v for k, v in scan.flags.items() if k in ('FULL_N', 'HAS_BIAS', 'SOFTPLUS')}
-    _launch(
-        'chunk_summary', scan.batch * scan.K * scan.n_chunks * n_blocks,
-        x, scan.delta, A, B, scan.z if gated else x, x if scan.bias is None else scan.bias, ends, lengths,
-        scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
-        scan.width,
-        scan.E // B.shape[2], scan.K, scan.codes,
+    summary = dict(
         **_strides('x', x, 'behw'), **scan.strides('d a bias z'), **_strides('b', B, 'bkgnhw'), h_n=scan.E,
         NP=scan.NP, BE=width, B_CONST=const, B_VECTOR=scan.vector(B, 16), HAS_Z=gated, ADJOINT=adjoint, UNIT_E=unit,
-        EVEN_E=scan.width % width == 0, T=4,
-        INDEX64=scan.index64(x), **flags, num_warps=warps)
-    start = initial if initial is not None else ends
-    _launch(
-        'chunk_carry', scan.batch * scan.K * -(-scan.E // 32),
-        ends, lengths, A, start, scan.E, scan.N, scan.n_chunks, -(-scan.E // 32), scan.K, *A.stride(), scan.E,
-        *(start.stride() if initial is not None else (0, 0, 0, 0)),
-        NP=scan.NP, BE=32, HAS_INITIAL=initial is not None, ADJOINT=adjoint, num_warps=1)
-    return ends
+        EVEN_E=scan.width % width == 0, T=4, INDEX64=scan.index64(x), **flags, num_warps=warps)
+    strides = (*A.stride(), scan.E, *(initial.stride() if initial is not None else (0, 0, 0, 0)))
+
+    def find(x: Tensor, delta: Tensor, B: Tensor, z: Optional[Tensor], initial: Optional[Tensor]) -> Tensor:
+        batch = x.shape[0]
+        _launch(
+            'chunk_summary', batch * scan.K * scan.n_chunks * n_blocks,
+            x, delta, A, B, z if gated else x, x if scan.bias is None else scan.bias, ends, lengths,
+            scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
+            scan.width, scan.E // B.shape[2], scan.K, scan.codes, **summary)
+        _launch(
+            'chunk_carry', batch * scan.K * -(-scan.E // 32),
+            ends, lengths, A, initial if initial is not None else ends, scan.E, scan.N, scan.n_chunks,
+            -(-scan.E // 32), scan.K, *strides,
+            NP=scan.NP, BE=32, HAS_INITIAL=initial is not None, ADJOINT=adjoint, num_warps=1)
+        return ends
+
+    return find
 
 
 def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
@@ -484,7 +554,7 @@ def forward(
     if scan.plan.together and scan.K > 1 and not (scan.b_const or scan.c_const):
         _together(scan, out, last, states)
         return out, last, states
-    start = _chunk_states(scan, u, False, None) if scan.n_chunks > 1 else None
+    start = _chunk_states(scan, u, False, None, scan.batch)(u, delta, B, z, None) if scan.n_chunks > 1 else None
 
     merged = scan.K == 1 or scan.plan.merge
     # With the directions apart there is no one program that could gate their sum.
@@ -513,10 +583,10 @@ def forward(
     if not merged:
         if gate_after:
             total = _like(out, torch.float32)
-            _add_up(target, total, scan.K)
+            _add_up((target, total, scan.K))
             out.copy_(total * torch.nn.functional.silu(z.float()))
         else:
-            _add_up(target, out, scan.K)
+            _add_up((target, out, scan.K))
     return out, last, states
 
 
@@ -565,72 +635,102 @@ def backward(
         gate = torch.sigmoid(zf)
         grad_z.copy_(g * total * gate * (1 + zf * (1 - gate)))
         grad_out, z = g * zf * gate, None
+    plan = _plan(u, len(directions), A.shape[2]) if plan is None else plan
+    if plan.back_chunk:
+        plan = dataclasses.replace(plan, chunk=plan.back_chunk, merge=False, together=0)
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan)
     if z is None and states.numel() != math.prod(states_shape(u, A, B, C)):
         raise RuntimeError(f'the saved states have shape {tuple(states.shape)}, not {states_shape(u, A, B, C)}')
-    images = scan.plan.batch
-    b_blocks = -(-scan.batch // images)
-    end = grad_last
-    if scan.n_chunks > 1:
-        end = _chunk_states(scan, grad_out, True, grad_last)
-    elif end is not None:
-        end = end.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
 
-    turns = scan.plan.turns and scan.K > 1
+    turns = plan.turns and scan.K > 1
     apart = scan.K > 1 and not turns
-    grad_u, grad_delta = _like(u), _like(delta)
-    parts_u = _parts(grad_u, scan.K) if apart else grad_u
+    grad_u, grad_delta, grad_B, grad_C = _like(u), _like(delta), _like(B), _like(C)
+    group = min(plan.group or scan.batch, scan.batch)
+    if any(t.stride(0) * scan.batch != t.numel() for t in (grad_u, grad_B, grad_C)):
+        group = scan.batch  # a group's part of what `merge_parts` writes must be one piece of memory
+    images = min(plan.batch, group)
     layout = _backward_layout(scan)
     width = layout['CR'] * layout['CW'] * layout['CL']
     per_group, n_blocks = scan.blocks(width)
 
-    def scanned(t: Tensor, const: bool):
-        """Gradient of B or C, where the kernel writes it, how many parts that has, and their stride."""
-        grad = _like(t)
+    # The buffers of one group, which the next ones use again: they are meant to stay in the cache.
+    def scanned(t: Tensor, grad: Tensor, const: bool) -> Tuple[Optional[Tensor], int]:
+        """Buffer for the parts of the gradient of B or C, None if the kernel writes it itself, and their number."""
         if const:
-            return grad, u.new_empty((scan.batch, scan.n_chunks, scan.K, scan.N, scan.E), dtype=torch.float32), 1
+            return u.new_empty((scan.batch, scan.n_chunks, scan.K, scan.N, scan.E), dtype=torch.float32), 1
         slots = n_blocks // t.shape[2]
-        return grad, grad if slots == 1 else _parts(grad, slots), slots
+        return None if slots == 1 else _parts(grad[:group], slots), slots
 
-    grad_B, parts_B, slots_b = scanned(B, scan.b_const)
-    grad_C, parts_C, slots_c = scanned(C, scan.c_const)
-    sums = (b_blocks, scan.n_chunks, scan.K)
+    parts_u = _parts(grad_u[:group], scan.K) if apart else None
+    parts_B, slots_b = scanned(B, grad_B, scan.b_const)
+    parts_C, slots_c = scanned(C, grad_C, scan.c_const)
+    programs = (1 if turns else scan.K) * scan.n_chunks * n_blocks  # per block of images
+    blocks = -(-group // images)
+    scratch = u.new_empty((blocks * programs, SAVE // PART, scan.N, width), dtype=torch.float32)
+    acc = u.new_empty((blocks * programs, scan.L, width) if turns else (0,), dtype=torch.float32)
+    end = enter = None
+    if scan.n_chunks > 1:
+        enter = _chunk_states(scan, grad_out, True, grad_last, group)
+    elif grad_last is not None:
+        end = grad_last.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
+
+    n_groups = -(-scan.batch // group)
+    sums = ((n_groups - 1) * blocks - (-(scan.batch - (n_groups - 1) * group) // images), scan.n_chunks, scan.K)
     sum_A = u.new_empty(sums + (scan.N, scan.E), dtype=torch.float32)
     sum_D = u.new_empty(sums + (scan.E,) if D is not None else (0,), dtype=torch.float32)
     sum_bias = u.new_empty(sums + (scan.E,) if delta_bias is not None else (0,), dtype=torch.float32)
-    programs = b_blocks * (1 if turns else scan.K) * scan.n_chunks * n_blocks
-    scratch = u.new_empty((programs, SAVE // PART, scan.N, width), dtype=torch.float32)
-    acc = u.new_empty((programs, scan.L, width) if turns else (0,), dtype=torch.float32)
     unit = scan.unit_e and all(t is None or t.stride(d) == 1 for t, d in (
         (grad_out, 1), (grad_u, 1), (grad_delta, 2), (grad_z if z is not None else None, 1)))
-    _launch(
-        'scan_backward', programs,
-        grad_out, u, delta, A, B, C, u if D is None else D, u if z is None else z,
-        u if delta_bias is None else delta_bias,
-        states, states if end is None else end,
-        parts_u, grad_delta, sum_A, parts_B, parts_C, sum_D, sum_bias, grad_u if z is None else grad_z, scratch, acc,
-        scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
-        scan.width,
-        scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
-        1 if turns else scan.K, scan.codes, images,
-        scan.batch, grad_u.numel() if apart else 0, grad_B.numel(), grad_C.numel(), -(-scan.L // SAVE) - 1,
-        width, scan.N * width, **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
+    n_saved = -(-scan.L // SAVE) - 1
+    constants = dict(
+        **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
         KM=scan.K if turns else 1, ONCE=images == 1 and not turns, **layout, SAVE=SAVE,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
-        HAS_D=D is not None, HAS_END=end is not None, UNIT_E=unit, EVEN_E=scan.width % width == 0,
+        HAS_D=D is not None, HAS_END=scan.n_chunks > 1 or end is not None, UNIT_E=unit,
+        EVEN_E=scan.width % width == 0,
         INDEX64=scan.index64(grad_out, grad_u, grad_delta, grad_B, grad_C), **scan.flags, num_warps=layout['CW'])
 
-    if apart:
-        _add_up(parts_u, grad_u, scan.K)
-    for t, grad, parts, const, slots in ((B, grad_B, parts_B, scan.b_const, slots_b),
-                                         (C, grad_C, parts_C, scan.c_const, slots_c)):
+    def split(t: Optional[Tensor], size: int = group) -> Sequence[Optional[Tensor]]:
+        """A tensor's part for each group, `size` long; a tensor that is absent, or the same for all, as it is."""
+        return [t] * n_groups if n_groups == 1 or t is None else t.split(size)
+
+    saved = scan.K * n_saved * scan.N * scan.E  # numbers per image
+    cuts = {name: split(t) for name, t in dict(
+        g=grad_out, u=u, delta=delta, B=B, C=C, z=u if z is None else z, gu=grad_u, gd=grad_delta, gB=grad_B, gC=grad_C,
+        gz=grad_u if z is None else grad_z, last=grad_last, end=end).items()}
+    cuts.update(
+        states=split(states[:-2], group * saved) if saved and n_groups > 1 else [states] * n_groups,
+        to_u=cuts['gu'] if parts_u is None else [parts_u] * n_groups,
+        to_B=split(parts_B) if scan.b_const else cuts['gB'] if parts_B is None else [parts_B] * n_groups,
+        to_C=split(parts_C) if scan.c_const else cuts['gC'] if parts_C is None else [parts_C] * n_groups,
+        A=split(sum_A, blocks), D=split(sum_A if D is None else sum_D, blocks),
+        bias=split(sum_A if delta_bias is None else sum_bias, blocks))
+    for p in (types.SimpleNamespace(**dict(zip(cuts, values))) for values in zip(*cuts.values())):
+        if enter is not None:
+            p.end = enter(p.g, p.delta, p.C, p.z, p.last)
+        _launch(
+            'scan_backward', -(-p.g.shape[0] // images) * programs,
+            p.g, p.u, p.delta, A, p.B, p.C, u if D is None else D, p.z, u if delta_bias is None else delta_bias,
+            p.states, p.states if p.end is None else p.end,
+            p.to_u, p.gd, p.A, p.to_B, p.to_C, p.D, p.bias, p.gz, scratch, acc,
+            scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, plan.chunk, scan.n_chunks, n_blocks, per_group,
+            scan.width,
+            scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
+            1 if turns else scan.K, scan.codes, images,
+            p.g.shape[0], p.gu.numel() if apart else 0, p.gB.numel(), p.gC.numel(), n_saved,
+            width, scan.N * width, **constants)
+        sets = [(parts, out, count) for parts, out, count in (
+            (parts_u, p.gu, scan.K), (parts_B, p.gB, slots_b), (parts_C, p.gC, slots_c))
+            if parts is not None and count > 1]
+        if sets:
+            _add_up(*sets)
+
+    for t, grad, parts, const in ((B, grad_B, parts_B, scan.b_const), (C, grad_C, parts_C, scan.c_const)):
         if const:
             per_group_sum = parts.sum(1).unflatten(-1, (t.shape[2], -1)).sum(-1)  # (B, K, N, G)
             grad.copy_(per_group_sum.transpose(-1, -2)[..., None, None])
-        elif slots > 1:
-            _add_up(parts, grad, slots)
     # An operator may not return one tensor twice: an empty one each.
     grad_A = _like(A).copy_(sum_A.sum((0, 1)).transpose(-1, -2))
     grad_D = u.new_empty(0) if D is None else _like(D).copy_(sum_D.sum((0, 1)))
