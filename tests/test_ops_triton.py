@@ -114,6 +114,8 @@ CASES = {
     'time contiguous, chunked, gated, reversed, odd': dict(
         batch=1, channels=2, height=1, width=35, states=2, directions=[2], layout='time', gate=True, last=True,
         plan='Plan(True, 16)'),
+    'chunked, odd length': dict(batch=1, channels=3, height=1, width=35, states=2, directions=[0], last=True,
+                                plan='Plan(True, 16)'),
     'four directions, added in turn': dict(batch=1, channels=3, height=3, width=4, states=2, directions=[0, 1, 2, 3],
                                            plan='Plan(True, 16)'),
     'four directions apart, chunked': dict(batch=1, channels=3, height=4, width=5, states=2, directions=[0, 1, 2, 3],

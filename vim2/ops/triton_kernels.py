@@ -544,7 +544,10 @@ def chunk_summary(
                 at = tl.minimum(t_first + t + s, t_last - 1)
             j_, i_ = _place(at, code, H, W, INDEX64)
             h_, w_ = _natural(j_, i_, code, H, W)
-            xs = xs + (_load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32),)
+            x_t = _load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32)
+            if ADJOINT:  # a step of zero does not keep it out of the sum
+                x_t = tl.where(valid, x_t, 0.0)
+            xs = xs + (x_t,)
             dt = _load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask_e, EVEN_E).to(tl.float32)
             if HAS_Z:
                 zs = zs + (_load(z_p + (h_ * z_h + w_ * z_w) + e_z, mask_e, EVEN_E).to(tl.float32),)
