@@ -228,7 +228,7 @@ def tuned_plan(run: Callable[[Plan], object], u: Tensor, A: Tensor, B: Tensor, d
     plan = _plan(u, len(directions))
     rounded = tuple(_power_of_two(n) for n in (batch, height, width))
     key = (backward, u.device, u.dtype, A.shape[2], B.shape[2], tuple(directions), channels, *rounded, u.stride(1) == 1,
-           gated, plan.chunk < height * width, bool(plan.together), plan.turns)
+           gated, plan.chunk < height * width, bool(plan.together), plan.turns, plan.width)
     if key not in _tuned:
         best = None
         for change in plan_grid(plan, channels // B.shape[2], len(directions), height * width, backward):
