@@ -7,7 +7,7 @@ the first of the changes alone:
   function and finds NumPy's dtypes by name: half of the time. The kernels that run, and the arithmetic, are the same.
 - It leaves out its overflow check of integer sums, half of what remains.
 - Cases of many steps keep their names and parameters but run on fewer steps (`LENGTHS`, `MAPS`), with states saved
-  every 16 steps instead of 128: every level of the backward's recomputation is still entered.
+  every 16 steps instead of 128 or 256: every level of the backward's recomputation is still entered.
 - Outcomes go, as JSON, to the file that VIM2_TEST_OUTCOMES names.
 """
 import dataclasses
@@ -76,7 +76,7 @@ def steps_run(length: int) -> int:
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(request, monkeypatch):
-    monkeypatch.setattr(triton_scan, 'SAVE', 16)
+    monkeypatch.setattr(triton_scan, 'save_steps', lambda directions: 16)
     module = request.module
     if request.node.name in WHOLE:
         return

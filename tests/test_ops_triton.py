@@ -118,41 +118,56 @@ CASES = {
         plan='Plan(True, 16)'),
     'chunked, the last chunk of 2 steps': dict(batch=1, channels=3, height=1, width=18, states=2, directions=[0],
                                                last=True, plan='Plan(True, 16)'),
-    'four directions, added in turn': dict(batch=1, channels=3, height=3, width=4, states=2, directions=[0, 1, 2, 3],
-                                           plan='Plan(True, 16)'),
-    'four directions apart, chunked': dict(batch=1, channels=3, height=4, width=5, states=2, directions=[0, 1, 2, 3],
-                                           plan='Plan(False, 16)', last=True),
-    'four directions in lockstep': dict(batch=3, channels=35, height=4, width=5, states=2, directions=[0, 1, 2, 3],
-                                        plan='Plan(True, 32, 2, together=2, turns=True)', last=True),
+    'chunked, odd length': dict(batch=1, channels=3, height=1, width=35, states=2, directions=[0], last=True,
+                                plan='Plan(True, 16)'),
+    'four directions, added in turn': dict(batch=1, channels=3, height=5, width=7, states=2, directions=[0, 1, 2, 3],
+                                           plan='Plan(True, 64)'),
+    'four directions apart, chunked': dict(batch=1, channels=3, height=5, width=7, states=2, directions=[0, 1, 2, 3],
+                                           plan='Plan(False, 32)', last=True),
+    'four directions in lockstep': dict(batch=3, channels=35, height=5, width=7, states=2, directions=[0, 1, 2, 3],
+                                        plan='Plan(True, 64, 2, together=2, turns=True)', last=True),
     'three directions in lockstep, gated': dict(batch=2, channels=3, height=3, width=4, states=3, directions=[0, 1, 3],
-                                                gate=True, plan='Plan(True, 16, 1, together=1, turns=True)'),
+                                                gate=True, plan='Plan(True, 32, 1, together=1, turns=True)'),
     'two directions in lockstep, any strides, groups': dict(
         batch=1, channels=4, height=3, width=3, states=4, directions=[2, 1], layout='odd', groups=(2, 1), skip=False,
-        bias=False, plan='Plan(False, 16, 1, together=2)'),
+        bias=False, plan='Plan(False, 32, 1, together=2)'),
     'images in groups that do not divide them, gated': dict(
         batch=5, channels=3, height=3, width=4, states=2, directions=[0, 1, 2, 3], gate=True,
-        plan='Plan(True, 16, 1, group=2)'),
+        plan='Plan(True, 32, 1, group=2)'),
     'images in groups, chunked, groups of channels': dict(
-        batch=3, channels=6, height=4, width=5, states=3, directions=[0, 1, 2, 3], groups=(2, 3), last=True,
-        plan='Plan(True, 32, 2, together=1, group=2, back_chunk=16)'),
+        batch=3, channels=6, height=5, width=7, states=3, directions=[0, 1, 2, 3], groups=(2, 3), last=True,
+        plan='Plan(True, 64, 2, together=1, group=2, back_chunk=32)'),
     'images in groups, several parts of the gradients of B and C': dict(
-        batch=3, channels=35, height=3, width=6, states=2, directions=[3, 0], last=True, dtype='torch.float16',
-        plan='Plan(False, 32, 1, warps=1, group=2, back_chunk=16)'),
+        batch=3, channels=35, height=5, width=7, states=2, directions=[3, 0], last=True, dtype='torch.float16',
+        plan='Plan(False, 64, 1, warps=1, group=2, back_chunk=32)'),
     'one direction in groups, chunked, gated, time contiguous': dict(
         batch=3, channels=3, height=1, width=35, states=2, directions=[2], layout='time', gate=True, last=True,
         plan='Plan(True, 48, group=2, back_chunk=16)'),
     'directions in turn in groups, any strides': dict(
         batch=3, channels=3, height=2, width=3, states=4, directions=[0, 2], layout='odd',
-        plan='Plan(True, 16, 2, turns=True, group=2)'),
+        plan='Plan(True, 32, 2, turns=True, group=2)'),
     'constant B in groups': dict(batch=3, channels=4, height=2, width=3, states=2, directions=[0, 1], groups=(2, 1),
-                                 constant=(True, False), plan='Plan(False, 16, group=2)'),
+                                 constant=(True, False), plan='Plan(False, 32, group=2)'),
     'groups of images that are not pieces of memory': dict(
         batch=3, channels=3, height=2, width=3, states=2, directions=[0, 1], layout='images last',
-        plan='Plan(False, 16, group=2)'),
+        plan='Plan(False, 32, group=2)'),
+    'narrow lockstep, ragged channels': dict(
+        batch=3, channels=35, height=5, width=7, states=16, directions=[0, 1, 2, 3], last=True,
+        plan='Plan(True, 64, 3, together=4, width=16)'),
+    'narrow lockstep, 12 states, three directions, gated': dict(
+        batch=2, channels=18, height=3, width=5, states=12, directions=[3, 0, 1], gate=True,
+        plan='Plan(False, 32, 1, together=1, turns=True, width=16)'),
+    'narrow lockstep, one state, any strides, groups': dict(
+        batch=2, channels=4, height=5, width=7, states=1, directions=[2, 1], layout='odd', groups=(1, 2), skip=False,
+        bias=False, last=True, plan='Plan(False, 64, 1, together=3, width=16)'),
+    'narrow lockstep, float16': dict(batch=1, channels=18, height=2, width=5, states=16, directions=[0, 1, 2, 3],
+                                     dtype='torch.float16', gate=True, plan='Plan(True, 32, together=2, width=16)'),
+    'narrow lockstep, bfloat16': dict(batch=1, channels=16, height=2, width=3, states=8, directions=[0, 1, 2, 3],
+                                      dtype='torch.bfloat16', plan='Plan(True, 32, together=1, width=16)'),
     'several images per program': dict(batch=3, channels=2, height=2, width=3, states=2, directions=[1, 3],
-                                       plan='Plan(True, 16, 2)'),
+                                       plan='Plan(True, 32, 2)'),
     'gated map': dict(batch=1, channels=2, height=2, width=3, states=2, directions=[0, 3], gate=True,
-                      plan='Plan(False, 16)'),
+                      plan='Plan(False, 32)'),
     'groups': dict(batch=1, channels=6, height=1, width=5, states=2, directions=[0], groups=(2, 3)),
     'groups wider than a block': dict(batch=1, channels=150, height=1, width=3, states=2, directions=[0], groups=(2,
                                                                                                                   1)),
@@ -168,7 +183,9 @@ CASES = {
     'float16': dict(batch=1, channels=8, height=1, width=8, states=16, directions=[0], dtype='torch.float16',
                     layout='time'),
     'bfloat16 map': dict(batch=1, channels=8, height=2, width=2, states=16, directions=[0, 1, 2, 3],
-                         dtype='torch.bfloat16', plan='Plan(True, 16)'),
+                         dtype='torch.bfloat16', plan='Plan(True, 32)'),
+    'float16, 12 states, gate and last state': dict(batch=1, channels=5, height=1, width=21, states=12, directions=[0],
+                                                    dtype='torch.float16', gate=True, last=True),
 }
 
 
@@ -255,16 +272,21 @@ def test_what_is_missing_is_named():
 
 
 def test_plans():
-    from vim2.ops.triton_scan import SAVE, Device, Plan, make_plan
+    from vim2.ops.triton_scan import Device, Plan, make_plan, save_steps
     gpu = Device(132, 50 << 20)
     small = make_plan(128, 4, 768, 196, gpu)                # images and channels alone fill the device
     assert small.merge and small.chunk >= 196
     assert small.together == 2 * 132 and small.turns        # and the maps in flight fit its cache
-    assert make_plan(128, 4, 384, 784, gpu).together == 2 * 132
+    middle = make_plan(128, 4, 384, 784, gpu)
+    assert middle.together == 2 * 132 and middle.width == 32
+    for device in (gpu, Device(108, 40 << 20)):             # maps that fit with fewer channels at a time
+        stage = make_plan(128, 4, 192, 3136, device)
+        assert stage.together == device.processors and stage.width == 16
+    assert not make_plan(128, 4, 192, 3136, gpu, 4).together  # or not at all
     for device in (gpu, Device(108, 40 << 20)):             # the cache holds a few of these: the backward in groups
         for channels, length in ((384, 784), (192, 3136)):
             few = make_plan(128, 4, channels, length, device)
-            assert 0 < few.group < 128 and not few.turns and few.back_chunk % SAVE == 0
+            assert 0 < few.group < 128 and not few.turns and few.back_chunk % save_steps(4) == 0
             # At least a warp, of 16 channels, per multiprocessor; and the parts of the gradient of u fit the cache.
             assert few.group * 4 * channels // 16 * -(-length // few.back_chunk) >= device.processors
             assert few.group * 4 * channels * length * 4 < 0.8 * device.cache
@@ -277,7 +299,7 @@ def test_plans():
     assert one.chunk < 65536 // 8 and not (one.merge or one.together or one.turns)
     for args in ((1, 1, 1, 1, gpu), (3, 2, 17, 131, Device(1, 1 << 20)), (1, 4, 96, 50176, Device(304, 256 << 20))):
         plan = make_plan(*args)
-        assert isinstance(plan, Plan) and plan.chunk % SAVE == 0 and 1 <= plan.batch <= args[0]
+        assert isinstance(plan, Plan) and plan.chunk % save_steps(args[1]) == 0 and 1 <= plan.batch <= args[0]
 
 
 def test_no_groups_in_a_trace(monkeypatch):
@@ -316,7 +338,8 @@ def test_autotuning_picks_the_fastest_once(monkeypatch):
     first = choose(u)
     assert len(tried) == 3 and not (first.together or first.merge)
     assert choose(u) == first and choose(u[:100]).together == 0 and len(tried) == 3  # 100 and 128 images share a choice
-    assert choose(u[:, :, :7, :7]) != first and len(tried) == 6
+    assert choose(u[:, :, :7, :7]).chunk == 256 and len(tried) == 6  # but another size is measured anew
+    assert all(p.width == 0 for p in tried if not p.together)  # the width of the lockstep is not one of the others
     choose(u, backward=True)
     assert len(tried) == 9 and len({(p.warps, p.turns) for p in tried[6:]}) == 3
     # Where the plan goes in groups, all images at once is tried, with the directions apart and in turn.

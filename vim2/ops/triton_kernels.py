@@ -4,9 +4,11 @@ Scan time runs over t = 0 .. L + pad - 1, of which the first `pad` steps are emp
 natural positions in the order of `vim2.ops.scan`: bit 0 is column-major, bit 1 reversed. A direction is never a copy:
 it is a walk of (row, column) counters (`_natural`) that all tensors share.
 
-Two layouts of the states, both Triton's own default for the shape:
+Three layouts of the states, all Triton's own default for the shape:
 - Forward: (N, channels). The lanes run along the channels and all N states of a channel live in one thread's registers:
   y needs no shuffle, B_t and C_t are vector loads that every lane shares.
+- Forward with the directions in lockstep: (states per thread, directions, lanes along the states, lanes along the
+  channels), with a warp per direction and 1 or 2 lanes along the states.
 - Backward: (states per thread, channels per thread, warps, lanes along the states, lanes along the channels). The
   gradients of B and C are sums over channels, those of u and delta over states: this way neither sum crosses many
   lanes.
@@ -348,17 +350,26 @@ def scan_forward(
 
 @triton.jit
 def _direction_states(pointer, offset, n, s_n, N, mask_k, VECTOR: tl.constexpr, FULL_N: tl.constexpr):
-    """`_vector` for all directions: N values per direction, (N, KP, 1)."""
+    """`_vector` in the layout of `scan_together`: N values per direction."""
     if VECTOR > 1:
         size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
-        at = tl.max_contiguous(tl.multiple_of(pointer + offset + n, (VECTOR * size, 1, 1)), (VECTOR, 1, 1))
+        at = tl.multiple_of(pointer + offset + n, (VECTOR * size, 1, 1, 1))
+        at = tl.max_contiguous(at, (VECTOR, 1, 1, 1))
     else:
         at = pointer + offset + n * s_n
-    keep = mask_k[None, :, :]
     if FULL_N:
-        return tl.load(at, mask=keep, other=0.0).to(tl.float32)
+        return tl.load(at, mask=mask_k, other=0.0).to(tl.float32)
     else:
-        return tl.load(at, mask=keep & (n < N), other=0.0).to(tl.float32)
+        return tl.load(at, mask=mask_k & (n < N), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_lane(x, nl, i, NL: tl.constexpr):
+    """What lane i of the NL along the states holds, in all of them."""
+    if NL == 1:
+        return x
+    else:
+        return tl.sum(tl.where(nl == i, x, 0.0), axis=2, keep_dims=True)
 
 
 @_kernel('u delta A B C D z bias acc out last states')
@@ -368,23 +379,29 @@ def scan_together(
         u_b, u_e, u_h, u_w, d_b, d_k, d_e, d_h, d_w, a_k, a_e, a_n,
         b_b, b_k, b_g, b_n, b_h, b_w, c_b, c_k, c_g, c_n, c_h, c_w,
         D_k, D_e, bias_k, bias_e, z_b, z_e, z_h, z_w, o_b, o_e, o_h, o_w, h_n,
-        KP: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, SAVE: tl.constexpr,
-        B_VECTOR: tl.constexpr, C_VECTOR: tl.constexpr,
+        KP: tl.constexpr, NP: tl.constexpr, NL: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+        SAVE: tl.constexpr, B_VECTOR: tl.constexpr, C_VECTOR: tl.constexpr,
         FULL_N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
         WANT_LAST: tl.constexpr, SAVE_STATES: tl.constexpr, UNIT_E: tl.constexpr, INDEX64: tl.constexpr,
 ):
-    """All K directions of BE channels of one image in lockstep, a direction per warp (BE = 32); image after image.
+    """All K directions of BE channels of one image in lockstep, image after image.
 
-    A direction is a dimension of the tile, (N, KP, BE). What the directions add up stays in `acc`, L BE float32 of the
-    program's own, which it uses again for its next image: like u, which four warps read at about the same time, that
-    is meant never to leave the cache. Two directions may meet at a position within the same T steps, so they add one
-    after the other: the same order, and the same bits, every time.
+    The tile is (states per thread, KP directions, NL lanes along the states, BE lanes along the channels), 32 lanes and
+    a warp per direction. What has no states is done once for NL steps: each of the NL lanes takes one of them.
+
+    What the directions add up stays in `acc`, L BE float32 of the program's own, which it uses again for its next
+    image: like u, which the warps of all directions read at about the same time, that is meant never to leave the
+    cache. Two directions may meet at a position within the same T steps, so they add one after the other: the same
+    order, and the same bits, every time.
     """
+    NR: tl.constexpr = NP // NL
     pid = tl.program_id(0)
-    kd = tl.arange(0, KP)[:, None]
+    kd = tl.arange(0, KP)[None, :, None, None]
+    local = tl.arange(0, BE)[None, None, None, :]
+    nl = tl.arange(0, NL)[None, None, :, None]
+    n = nl * NR + tl.arange(0, NR)[:, None, None, None]
+    rows = tl.arange(0, R)[:, None]  # a second layout, of positions and channels, for what is done once per image
     lane = tl.arange(0, BE)[None, :]
-    n = tl.arange(0, NP)[:, None, None]
-    rows = tl.arange(0, R)[:, None]
     code = (codes >> (2 * kd)) & 3
     mask_k = kd < K
     acc_p = acc + pid.to(tl.int64) * L * BE
@@ -393,82 +410,105 @@ def scan_together(
         block = task % n_blocks
         b = (task // n_blocks).to(tl.int64)
         group = block // blocks_per_group
-        mask_e = (block % blocks_per_group) * BE + lane < width
-        e = group * width + (block % blocks_per_group) * BE + lane
+        first = (block % blocks_per_group) * BE
+        mask_lane = first + lane < width
+        e_lane = group * width + first + lane
+        e = group * width + first + local
         if INDEX64:
+            e_lane = e_lane.to(tl.int64)
             e = e.to(tl.int64)
             group = group.to(tl.int64)
         if UNIT_E:
-            e_u, e_d, e_z, e_o = e, e, e, e
+            e_u, e_d, e_z, e_o = e, e, e_lane, e_lane
         else:
-            e_u, e_d, e_z, e_o = e * u_e, e * d_e, e * z_e, e * o_e
-        mask = mask_k & mask_e
-        tile_mask = mask[None, :, :] & (n < N)
+            e_u, e_d, e_z, e_o = e * u_e, e * d_e, e_lane * z_e, e_lane * o_e
+        mask = mask_k & (first + local < width)
+        tile_mask = mask & (n < N)
         for p in range(0, L, R):
-            tl.store(acc_p + (p + rows) * BE + lane, tl.zeros((R, BE), tl.float32), mask=mask_e & (p + rows < L))
-        a2 = tl.load(A + (k * a_k + e * a_e)[None, :, :] + n * a_n, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
+            tl.store(acc_p + (p + rows) * BE + lane, tl.zeros((R, BE), tl.float32), mask=mask_lane & (p + rows < L))
+        a2 = tl.load(A + k * a_k + e * a_e + n * a_n, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
         if HAS_D:
             skip = tl.load(D + k * D_k + e * D_e, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             shift = tl.load(bias + k * bias_k + e * bias_e, mask=mask, other=0.0).to(tl.float32)
         u_p = u + b * u_b
         d_p = delta + b * d_b + k * d_k
-        b_p = B + b * b_b + ((group * width) // per_b) * b_g + (k * b_k)[None, :, :]
-        c_p = C + b * c_b + ((group * width) // per_c) * c_g + (k * c_k)[None, :, :]
-        h = tl.zeros((NP, KP, BE), tl.float32)
+        b_p = B + b * b_b + ((group * width) // per_b) * b_g + k * b_k
+        c_p = C + b * c_b + ((group * width) // per_c) * c_g + k * c_k
+        h = tl.zeros((NR, KP, NL, BE), tl.float32)
         j_, i_ = _place(kd * 0, code, H, W, INDEX64)
         tl.debug_barrier()  # acc is zero
         for t in range(0, L, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):
-                    tl.store(states + (((b * K + k) * n_saved + t // SAVE - 1) * N * E + e)[None, :, :] + n * h_n, h,
+                    tl.store(states + (((b * K + k) * n_saved + t // SAVE - 1) * N * E + e) + n * h_n, h,
                              mask=tile_mask)
-            us = ()
-            ds = ()
-            b_at = ()
-            c_at = ()
-            o_at = ()
+            hs = ()
+            ws = ()
             for s in tl.static_range(T):
                 h_, w_ = _natural(j_, i_, code, H, W)
-                us = us + (tl.load(u_p + (h_ * u_h + w_ * u_w) + e_u, mask=mask, other=0.0),)
-                ds = ds + (tl.load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask=mask, other=0.0),)
-                b_at = b_at + ((h_ * b_h + w_ * b_w)[None, :, :],)
-                c_at = c_at + ((h_ * c_h + w_ * c_w)[None, :, :],)
-                o_at = o_at + ((h_ * W + w_) * BE + lane,)
+                hs = hs + (h_,)
+                ws = ws + (w_,)
                 # Past the end the last position is read again and computed with a step of zero, but not added.
                 j_, i_ = _next(j_, i_, t + s + 1 < L, code, H, W)
+            # What has no states is done once for NL steps, each lane along the states for one of them.
+            xs = ()
+            ds = ()
+            o_at = ()
+            for m in tl.static_range(T // NL):
+                h_, w_ = hs[m * NL], ws[m * NL]
+                for i in tl.static_range(1, NL):
+                    h_ = tl.where(nl == i, hs[m * NL + i], h_)
+                    w_ = tl.where(nl == i, ws[m * NL + i], w_)
+                xs = xs + (tl.load(u_p + (h_ * u_h + w_ * u_w) + e_u, mask=mask, other=0.0),)
+                ds = ds + (tl.load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask=mask, other=0.0),)
+                o_at = o_at + ((h_ * W + w_) * BE + local,)
+            dts = ()
+            dus = ()
             ys = ()
-            for s in tl.static_range(T):
-                x = us[s].to(tl.float32)
-                dt = ds[s].to(tl.float32)
+            for m in tl.static_range(T // NL):
+                x = xs[m].to(tl.float32)
+                dt = ds[m].to(tl.float32)
                 if HAS_BIAS:
                     dt += shift
                 if SOFTPLUS:
                     dt = _softplus(dt)
-                dt = tl.where(t + s < L, dt, 0.0)
-                bt = _direction_states(b_p, b_at[s], n, b_n, N, mask_k, B_VECTOR, FULL_N)
-                ct = _direction_states(c_p, c_at[s], n, c_n, N, mask_k, C_VECTOR, FULL_N)
-                h = tl.exp2(dt[None, :, :] * a2) * h + (dt * x)[None, :, :] * bt
-                y = tl.sum(h * ct, axis=0)
+                dt = tl.where(t + m * NL + nl < L, dt, 0.0)
+                dts = dts + (dt,)
+                dus = dus + (dt * x,)
                 if HAS_D:
-                    y += skip * x
-                ys = ys + (y,)
+                    ys = ys + (skip * x,)
+                else:
+                    ys = ys + (tl.zeros((1, KP, NL, BE), tl.float32),)
+            totals = ()
+            for m in tl.static_range(T // NL):
+                total = ys[m]
+                for i in tl.static_range(NL):
+                    h_, w_ = hs[m * NL + i], ws[m * NL + i]
+                    bt = _direction_states(b_p, h_ * b_h + w_ * b_w, n, b_n, N, mask_k, B_VECTOR, FULL_N)
+                    ct = _direction_states(c_p, h_ * c_h + w_ * c_w, n, c_n, N, mask_k, C_VECTOR, FULL_N)
+                    h = tl.exp2(_of_lane(dts[m], nl, i, NL) * a2) * h + _of_lane(dus[m], nl, i, NL) * bt
+                    y = tl.sum(tl.sum(h * ct, axis=0, keep_dims=True), axis=2, keep_dims=True)
+                    if NL > 1:
+                        y = tl.where(nl == i, y, 0.0)
+                    total += y
+                totals = totals + (total,)
             for turn in tl.static_range(KP):
                 olds = ()
-                for s in tl.static_range(T):
-                    mine = (kd == turn) & mask & (t + s < L)
-                    olds = olds + (tl.load(acc_p + o_at[s], mask=mine, other=0.0),)
-                for s in tl.static_range(T):
-                    mine = (kd == turn) & mask & (t + s < L)
-                    tl.store(acc_p + o_at[s], olds[s] + ys[s], mask=mine)
+                for m in tl.static_range(T // NL):
+                    mine = (kd == turn) & mask & (t + m * NL + nl < L)
+                    olds = olds + (tl.load(acc_p + o_at[m], mask=mine, other=0.0),)
+                for m in tl.static_range(T // NL):
+                    mine = (kd == turn) & mask & (t + m * NL + nl < L)
+                    tl.store(acc_p + o_at[m], olds[m] + totals[m], mask=mine)
                 tl.debug_barrier()
         if WANT_LAST:
-            tl.store(last + (((b * K + k) * E + e) * N)[None, :, :] + n, h, mask=tile_mask)
+            tl.store(last + ((b * K + k) * E + e) * N + n, h, mask=tile_mask)
         for p in range(0, L, R):
             at = p + rows
             if INDEX64:
                 at = at.to(tl.int64)
-            ok = mask_e & (at < L)
+            ok = mask_lane & (at < L)
             y = tl.load(acc_p + at * BE + lane, mask=ok, other=0.0)
             if HAS_Z:
                 gate = tl.load(z + b * z_b + (at // W) * z_h + (at % W) * z_w + e_z, mask=ok, other=0.0).to(tl.float32)
@@ -544,8 +584,10 @@ def chunk_summary(
                 at = tl.minimum(t_first + t + s, t_last - 1)
             j_, i_ = _place(at, code, H, W, INDEX64)
             h_, w_ = _natural(j_, i_, code, H, W)
-            x_s = _load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32)
-            xs = xs + (tl.where(valid, x_s, 0.0),)  # the adjoint adds it whatever the step
+            x_t = _load(x_p + (h_ * x_h + w_ * x_w) + e_x, mask_e, EVEN_E).to(tl.float32)
+            if ADJOINT:  # a step of zero does not keep it out of the sum
+                x_t = tl.where(valid, x_t, 0.0)
+            xs = xs + (x_t,)
             dt = _load(d_p + (h_ * d_h + w_ * d_w) + e_d, mask_e, EVEN_E).to(tl.float32)
             if HAS_Z:
                 zs = zs + (_load(z_p + (h_ * z_h + w_ * z_w) + e_z, mask_e, EVEN_E).to(tl.float32),)

@@ -18,8 +18,9 @@ from torch import Tensor
 __all__ = ['Plan', 'backward', 'forward', 'make_plan', 'missing', 'states_shape']
 
 MAX_STATES = 64
-# Steps between two saved states: 4 N / SAVE bytes per channel and step, once written and once read. The backward keeps
-# the states in between, one in PART steps, in a scratch of each program's own, small enough for the cache.
+# Steps between two saved states: 4 N / SAVE bytes per channel and step, once written and once read; twice as many with
+# more than one direction, where the states are saved for each but u and the output are one map. The backward keeps the
+# states in between, one in PART steps, in a scratch of each program's own, small enough for the cache.
 SAVE = 128
 PART = 8
 DEVICES = ('cuda', 'xpu')  # ROCm's device type is 'cuda' too
@@ -50,13 +51,18 @@ def missing(tensors: Sequence[Tensor]) -> Optional[str]:
     return None
 
 
+def save_steps(directions: int) -> int:
+    """Steps between two saved states: of the number of directions alone, because forward and backward must agree."""
+    return SAVE if directions == 1 else 2 * SAVE
+
+
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
     """Shape of the states that the forward saves, (B, K, segments - 1, N, E) and two zeros, flattened.
 
-    One before each segment of SAVE steps but the first, where it is zero. One dimension that is never 0 or 1, because
-    torch.export fixes a dimension that happens to be.
+    One before each segment of `save_steps` steps but the first, where it is zero. One dimension that is never 0 or 1,
+    because torch.export fixes a dimension that happens to be.
     """
-    segments = -(-u.shape[2] * u.shape[3] // SAVE)
+    segments = -(-u.shape[2] * u.shape[3] // save_steps(A.shape[0]))
     return (u.shape[0] * A.shape[0] * (segments - 1) * A.shape[2] * u.shape[1] + 2,)
 
 
@@ -67,14 +73,15 @@ class Plan:
     Args:
         merge: a program of the forward scans all K directions in turn and adds them up; else each direction is a
             program of its own, which writes its own float32 part, and a second kernel adds the parts up.
-        chunk: steps of scan time per program, a multiple of SAVE; a scan of several chunks takes a pass before the main
-            one that finds what enters each chunk.
+        chunk: steps of scan time per program, a multiple of `save_steps`; a scan of several chunks takes a pass before
+            the main one that finds what enters each chunk.
         batch: images per program of the backward: the partial sums of A's gradient are written once per program.
         together: programs of a forward that runs all directions of a block of channels in lockstep and adds them up in
             a scratch in the cache, used again image after image; 0: the forward is as `merge` says.
         turns: a program of the backward takes all K directions in turn and adds up the gradient of u in a scratch in
             the cache; else each direction is a program of its own.
-        width: channels per program of the forward; 0: as many of 32, 64, 128 as divide the channels of a group.
+        width: channels per program of the forward; 0: 32 with the directions in lockstep, else as many of 32, 64, 128
+            as divide the channels of a group.
         warps: warps per program of the backward, each of 8 or 16 channels; 0: by the channels of a group.
         group: images per group of the backward: one group after the other, through the same buffers for its partial
             sums, which so need never leave the cache; 0: all images at once.
@@ -114,7 +121,9 @@ def _device(device: torch.device) -> Device:
     return Device(1, 32 << 20)
 
 
-TOGETHER = 32    # channels per program of the forward with the directions in lockstep: a warp per direction
+# Channels per program of the forward with the directions in lockstep, a warp per direction: 32 are a channel per lane;
+# 16, for maps that only so fit the cache, take two lanes per channel, each with half of its states.
+TOGETHER = (32, 16)
 # Of the last-level cache, what the maps that are read or added to more than once may take: the rest is for what streams
 # through it.
 CACHE_SHARE = 0.8
@@ -135,19 +144,21 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     merge = directions == 1 or 2 * lanes >= want
     if not merge:
         lanes *= directions
-    chunk = -(-length // SAVE) * SAVE
-    if 4 * lanes < want and length >= 4 * SAVE:
-        chunks = min(-(-want // lanes), length // (2 * SAVE))
-        chunk = -(-length // (chunks * SAVE)) * SAVE
+    save = save_steps(directions)
+    chunk = -(-length // save) * save
+    if 4 * lanes < want and length >= 4 * save:
+        chunks = min(-(-want // lanes), length // (2 * save))
+        chunk = -(-length // (chunks * save)) * save
         merge = directions == 1
-    together, turns, chunked = 0, False, chunk < length
+    together, width, turns, chunked = 0, 0, False, chunk < length
     share = CACHE_SHARE * device.cache
-    if directions > 1 and not chunked:
+    for block in TOGETHER if directions > 1 and not chunked else ():
         # Programs per multiprocessor: 8 warps, which fit whatever registers the compiler takes, fewer if their maps, u
-        # and a float32 sum, would not fit the cache.
-        per_program = TOGETHER * length * (size + 4)
-        resident = min(8 // directions, int(share // (device.processors * per_program)))
-        together = min(resident * device.processors, batch * -(-channels // TOGETHER))
+        # and a float32 sum, would not fit the cache. Of the widths the larger one that fits: fewer instructions.
+        resident = min(8 // directions, int(share // (device.processors * block * length * (size + 4))))
+        if resident:
+            together, width = min(resident * device.processors, batch * -(-channels // block)), block
+            break
     # Short scans: A's gradient is one write of N floats per program and channel, so let a program take several images.
     images = max(1, min(batch, 512 // max(length, 1)))
     while images > 1 and batch * channels * directions // images < want:
@@ -157,7 +168,7 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     # fit the cache with u, grad_out, the sums and the scratch, but not less than half.
     half = 64 * device.processors
     if directions > 1 and not chunked and batch * channels >= half:
-        slots = min(2 * half, int(share // (length * (2 * size + 4) + 4 * states * _scratch_rows(length))))
+        slots = min(2 * half, int(share // (length * (2 * size + 4) + 4 * states * _scratch_rows(length, save))))
         if slots >= max(half, channels):
             turns = batch * channels >= slots
             images = -(-batch // (slots // channels)) if turns else images
@@ -166,12 +177,12 @@ def make_plan(batch: int, directions: int, channels: int, length: int, device: D
     if group:
         # A warp per scheduler: a group has few programs, and parts of the gradients of B and C that stay in the cache.
         images, warps = 1, 4
-    return Plan(merge, chunk, images, together, turns, 0, warps, group, back_chunk)
+    return Plan(merge, chunk, images, together, turns, width, warps, group, back_chunk)
 
 
-def _scratch_rows(steps: int) -> int:
-    """States that a program of the backward keeps in its scratch, at most, over that many steps."""
-    return -(-min(steps, SAVE) // PART) - 1
+def _scratch_rows(steps: int, save: int) -> int:
+    """States that a program of the backward keeps in its scratch, at most, over that many steps, saved every `save`."""
+    return -(-min(steps, save) // PART) - 1
 
 
 def _group(batch: int, directions: int, channels: int, length: int, device: Device, size: int,
@@ -187,10 +198,11 @@ def _group(batch: int, directions: int, channels: int, length: int, device: Devi
     # u, grad_out; parts of grad_u; delta, grad_delta; B and C and their gradients' parts.
     image = 2 * channels * length * size + maps * (4 + 2 * size) + scanned * (size + 4 * slots * (slots > 1))
     best = device.processors, 0, 0, 0  # at least one warp each
-    for count in range(1, length // SAVE + 2):
-        chunk = -(-length // (count * SAVE)) * SAVE
+    save = save_steps(directions)
+    for count in range(1, length // save + 2):
+        chunk = -(-length // (count * save)) * save
         chunks = -(-length // chunk)
-        rows = (chunks - 1) * _scratch_rows(chunk) + _scratch_rows(length - (chunks - 1) * chunk)
+        rows = (chunks - 1) * _scratch_rows(chunk, save) + _scratch_rows(length - (chunks - 1) * chunk, save)
         if chunks > 1:
             rows += chunks + 1  # what enters each chunk
         group = min(batch, int(CACHE_SHARE * device.cache // (image + 4 * directions * channels * states * rows)))
@@ -226,7 +238,7 @@ def plan_grid(plan: Plan, channels: int, directions: int, length: int, backward:
         grid = [{}, dict(warps=4)] if channels >= 256 else [{}, dict(warps=2)]
         return grid + ([dict(turns=not plan.turns, batch=1)] if directions > 1 and not chunked else [])
     if directions > 1 and not chunked:
-        grid = [dict(together=0, merge=True), dict(together=0, merge=False)]
+        grid = [dict(together=0, width=0, merge=True), dict(together=0, width=0, merge=False)]
         return [{}] + (grid if plan.together else [dict(merge=not plan.merge)])
     return [{}] + [dict(width=width) for width in (32, 64, 128) if width <= channels][:3]
 
@@ -270,7 +282,7 @@ def tuned_plan(run: Callable[[Plan], object], u: Tensor, A: Tensor, B: Tensor, d
     plan = _plan(u, len(directions), A.shape[2])
     rounded = tuple(_power_of_two(n) for n in (batch, height, width))
     key = (backward, u.device, u.dtype, A.shape[2], B.shape[2], tuple(directions), channels, *rounded, u.stride(1) == 1,
-           gated, plan.chunk < height * width, bool(plan.together), plan.turns, plan.group > 0)
+           gated, plan.chunk < height * width, bool(plan.together), plan.turns, plan.width, plan.group > 0)
     if key not in _tuned:
         best = None
         for change in plan_grid(plan, channels // B.shape[2], len(directions), height * width, backward):
@@ -323,8 +335,9 @@ class _Scan:
         self.K, self.N, self.L = len(directions), A.shape[2], u.shape[2] * u.shape[3]
         self.NP = _power_of_two(self.N)
         self.codes = sum(code << (2 * k) for k, code in enumerate(directions))
-        if self.plan.chunk % SAVE or self.plan.chunk < 1:
-            raise ValueError(f'the chunk must be a positive multiple of {SAVE}, got {self.plan.chunk}')
+        self.save = save_steps(self.K)
+        if self.plan.chunk % self.save or self.plan.chunk < 1:
+            raise ValueError(f'the chunk must be a positive multiple of {self.save}, got {self.plan.chunk}')
         # A tensor (..., 1, 1) over a longer scan is constant: loaded once, and its gradient summed over the scan.
         self.b_const, self.c_const = (t.shape[-2:] != u.shape[-2:] or self.L == 1 for t in (B, C))
         groups = [t.shape[2] for t, const in ((B, self.b_const), (C, self.c_const)) if not const]
@@ -335,7 +348,7 @@ class _Scan:
             raise ValueError(f'directions cannot share a program where the scan of {self.L} steps is cut into chunks '
                              f'of {self.plan.chunk}')
         # Sequences with time contiguous in memory are read as tiles of a few steps.
-        self.T = 8 if u.element_size() == 2 and self.NP <= 16 else 4
+        self.T = 8 if u.element_size() == 2 and self.NP <= 16 and self.N == self.NP else 4
         self.time_vector = 0
         self.reverse = directions[0] >= 2
         if self.K == 1 and self.H == 1 and directions[0] % 2 == 0 and self.L > 1:
@@ -390,10 +403,17 @@ def _parts(t: Tensor, count: int) -> Tensor:
     return t.new_empty((count * t.numel(),), dtype=torch.float32)
 
 
-def max_registers(kernel: str) -> Optional[int]:
-    """Registers per thread that ptxas may use; None: as it likes, which in the two largest kernels is to spill so that
-    three programs of 4 warps fit on a multiprocessor. The plans count on two."""
-    return 255 if kernel in ('scan_backward', 'scan_together') else None
+def max_registers(kernel: str, constants: Dict[str, object]) -> Optional[int]:
+    """Registers per thread that ptxas may use in a launch with these constants; None: as it likes.
+
+    Left alone it spills, so that one more program of 4 warps fits on a multiprocessor, where two programs, on which the
+    plans count, or four of the chunks' summary would do. The forward as it is mostly needs no more than it takes.
+    """
+    if kernel in ('scan_backward', 'scan_together'):
+        return 255
+    if kernel == 'scan_forward' and (constants['TIME_VECTOR'] or not constants['FULL_N']):
+        return 255
+    return 128 if kernel == 'chunk_summary' else None
 
 
 _tracing = threading.local()
@@ -415,7 +435,7 @@ def _launch(kernel: str, programs: int, *args, **constants) -> None:
     function = getattr(triton_kernels, kernel)
     registers = None
     if args[0].is_cuda and torch.version.hip is None:
-        registers = max_registers(kernel)
+        registers = max_registers(kernel, constants)
     if getattr(_tracing, 'on', False):
         if registers is not None:
             import triton  # a limit of registers reaches Inductor only as part of a configuration
@@ -449,7 +469,7 @@ def _add_up(*sets: Tuple[Tensor, Tensor, int]) -> None:
 
 def _width(scan: '_Scan') -> Tuple[int, int]:
     """Channels per program and warps of the kernels that keep a channel per lane."""
-    if scan.plan.width:
+    if scan.plan.width and not scan.plan.together:
         return scan.plan.width, max(1, scan.plan.width // 32)
     width = 32
     while width < 128 and 2 * width <= scan.width and scan.width % (2 * width) == 0:
@@ -496,14 +516,23 @@ def _chunk_states(scan: '_Scan', x: Tensor, adjoint: bool, initial: Optional[Ten
     return find
 
 
+def _together_layout(states: int, directions: int, width: int) -> Dict[str, int]:
+    """The five dimensions of `scan_together`, see `triton_kernels`, for a power of two of states: a warp per direction.
+
+    Four lanes per channel and 8 warps would double the occupancy, but take a third more instructions per state.
+    """
+    return dict(KP=_power_of_two(directions), NP=states, NL=min(states, 32 // width), BE=width)
+
+
 def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
     """The forward of K > 1 directions in lockstep, in a few programs that each take image after image."""
     u, B, C, D, z = scan.u, scan.B, scan.C, scan.D, scan.z
-    per_group, n_blocks = scan.blocks(TOGETHER)
+    width = scan.plan.width or TOGETHER[0]
+    layout = _together_layout(scan.NP, scan.K, width)
+    per_group, n_blocks = scan.blocks(width)
     tasks = scan.batch * n_blocks
     programs = min(scan.plan.together, tasks)
-    directions = _power_of_two(scan.K)
-    sums = u.new_empty((programs, scan.L, TOGETHER), dtype=torch.float32)
+    sums = u.new_empty((programs, scan.L, width), dtype=torch.float32)
     flags = {k: v for k, v in scan.flags.items() if not k.endswith('_CONST')}
     _launch(
         'scan_together', programs,
@@ -511,12 +540,14 @@ def _together(scan: '_Scan', out: Tensor, last: Tensor, states: Tensor) -> None:
         u if scan.bias is None else scan.bias,
         sums, out, last, states,
         scan.E, scan.N, scan.H, scan.W, scan.L, tasks, n_blocks, per_group, scan.width,
-        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // SAVE) - 1,
+        scan.E // B.shape[2], scan.E // C.shape[2], scan.K, scan.codes, -(-scan.L // scan.save) - 1,
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
-        KP=directions, NP=scan.NP, BE=TOGETHER, T=4, R=16, SAVE=SAVE,
-        B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None,
+        **layout, T=4, R=512 // width, SAVE=scan.save,
+        B_VECTOR=scan.vector(B, scan.NP // layout['NL']), C_VECTOR=scan.vector(C, scan.NP // layout['NL']),
+        HAS_D=D is not None,
         WANT_LAST=last.numel() > 0, SAVE_STATES=states.numel() > 0, UNIT_E=scan.unit_e and out.stride(1) == 1,
-        INDEX64=scan.index64(out), **flags, num_warps=directions)
+        INDEX64=scan.index64(out), **flags,
+        num_warps=layout['KP'])
 
 
 def forward(
@@ -565,6 +596,8 @@ def forward(
     width, warps = _width(scan)
     per_group, n_blocks = scan.blocks(width)
     flags = dict(scan.flags, HAS_Z=z is not None and merged)
+    # Both the gate and the last state in groups of 8 steps spill where 3 programs are to fit on a multiprocessor.
+    steps = 4 if flags['HAS_Z'] and want_last_state and not scan.time_vector else scan.T
     _launch(
         'scan_forward', scan.batch * (1 if merged else scan.K) * scan.n_chunks * n_blocks,
         u, delta, A, B, C, u if D is None else D, u if z is None else z, u if delta_bias is None else delta_bias,
@@ -572,9 +605,9 @@ def forward(
         scan.E, scan.N, scan.H, scan.W, scan.L, scan.pad, scan.plan.chunk, scan.n_chunks, n_blocks, per_group,
         scan.width,
         scan.E // B.shape[2], scan.E // C.shape[2], scan.K, 1 if merged else scan.K, scan.codes,
-        0 if merged else out.numel(), -(-scan.L // SAVE) - 1,
+        0 if merged else out.numel(), -(-scan.L // scan.save) - 1,
         **scan.strides('u d a b c D bias z'), **_strides('o', out, 'behw'), h_n=scan.E,
-        KM=scan.K if merged else 1, NP=scan.NP, BE=width, T=scan.T, SAVE=SAVE,
+        KM=scan.K if merged else 1, NP=scan.NP, BE=width, T=steps, SAVE=scan.save,
         B_VECTOR=scan.vector(B, 16), C_VECTOR=scan.vector(C, 16), HAS_D=D is not None, HAS_START=start is not None,
         WANT_LAST=want_last_state, SAVE_STATES=save_states, UNIT_E=scan.unit_e and out.stride(1) == 1,
         EVEN_E=scan.width % width == 0,
@@ -594,7 +627,8 @@ def _backward_layout(scan: '_Scan') -> Dict[str, int]:
     """The backward's five dimensions, see `triton_kernels`: 32 lanes over states and channels, warps over channels."""
     lanes = min(scan.NP, 4 if scan.NP <= 16 else 8)
     registers = scan.NP // lanes
-    per_lane = 2 if registers <= 4 else 1
+    # Constant projections and the sums of their gradients are tiles in registers too.
+    per_lane = 2 if registers <= 4 and not (scan.b_const or scan.c_const) else 1
     warps, span = scan.plan.warps, per_lane * (32 // lanes)
     if not warps:
         # Fewer programs along the channels write fewer partial sums of the gradients of B and C.
@@ -637,7 +671,7 @@ def backward(
         grad_out, z = g * zf * gate, None
     plan = _plan(u, len(directions), A.shape[2]) if plan is None else plan
     if plan.back_chunk:
-        plan = dataclasses.replace(plan, chunk=plan.back_chunk, merge=False, together=0)
+        plan = dataclasses.replace(plan, chunk=plan.back_chunk, merge=False, together=0, width=0)
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, plan)
     if z is None and states.numel() != math.prod(states_shape(u, A, B, C)):
         raise RuntimeError(f'the saved states have shape {tuple(states.shape)}, not {states_shape(u, A, B, C)}')
@@ -666,7 +700,7 @@ def backward(
     parts_C, slots_c = scanned(C, grad_C, scan.c_const)
     programs = (1 if turns else scan.K) * scan.n_chunks * n_blocks  # per block of images
     blocks = -(-group // images)
-    scratch = u.new_empty((blocks * programs, SAVE // PART, scan.N, width), dtype=torch.float32)
+    scratch = u.new_empty((blocks * programs, scan.save // PART, scan.N, width), dtype=torch.float32)
     acc = u.new_empty((blocks * programs, scan.L, width) if turns else (0,), dtype=torch.float32)
     end = enter = None
     if scan.n_chunks > 1:
@@ -681,12 +715,12 @@ def backward(
     sum_bias = u.new_empty(sums + (scan.E,) if delta_bias is not None else (0,), dtype=torch.float32)
     unit = scan.unit_e and all(t is None or t.stride(d) == 1 for t, d in (
         (grad_out, 1), (grad_u, 1), (grad_delta, 2), (grad_z if z is not None else None, 1)))
-    n_saved = -(-scan.L // SAVE) - 1
+    n_saved = -(-scan.L // scan.save) - 1
     constants = dict(
         **_strides('g', grad_out, 'behw'), **scan.strides('u d a b c D bias z'), h_n=scan.E,
         **_strides('gu', grad_u, 'behw'), **_strides('gd', grad_delta, 'bkehw'), **_strides('gb', grad_B, 'bkgnhw'),
         **_strides('gc', grad_C, 'bkgnhw'), **_strides('gz', grad_z if z is not None else None, 'behw'),
-        KM=scan.K if turns else 1, ONCE=images == 1 and not turns, **layout, SAVE=SAVE,
+        KM=scan.K if turns else 1, ONCE=images == 1 and not turns, **layout, SAVE=scan.save,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']),
         HAS_D=D is not None, HAS_END=scan.n_chunks > 1 or end is not None, UNIT_E=unit,
         EVEN_E=scan.width % width == 0,
