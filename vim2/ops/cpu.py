@@ -27,9 +27,9 @@ from torch import Tensor
 from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
-    F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, store_as,
-    store_f32, store_i64, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4, vload,
-    vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
+    F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, prefetch_far,
+    store_as, store_f32, store_i64, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4,
+    vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
 LOG2E = np.float32(1.4426950408889634)
@@ -143,6 +143,12 @@ def _load_tile(tensor, origin, offsets, steps, lanes, tile):
             store_f32(target + 4 * i, ZERO)
 
 
+@njit(inline='always')
+def _in_place(tensor):
+    """Whether 16 neighbouring channels of a tensor are a vector in memory."""
+    return load_i64(tensor + DTYPE) == F32 and load_i64(tensor + STRIDE_E) == 4
+
+
 @_jit
 def _view_tile(tensor, origin, offsets, steps, lanes, tile, identity):
     """Where the (steps, 16 channels) of a tensor can be read as vectors: in place, or in a tile gathered for it.
@@ -150,7 +156,7 @@ def _view_tile(tensor, origin, offsets, steps, lanes, tile, identity):
     Returns:
         (base, offsets): step t is at base + offsets[t].
     """
-    if lanes == LANES and load_i64(tensor + DTYPE) == F32 and load_i64(tensor + STRIDE_E) == 4:
+    if lanes == LANES and _in_place(tensor):
         return origin, offsets
     _load_tile(tensor, origin, offsets, steps, lanes, tile)
     return tile, identity
@@ -340,6 +346,14 @@ def _forward_offsets(p, direction, start, steps, at):
 
 
 @_jit
+def _prefetch_rows(origin, offsets, start, stop, lines):
+    for t in range(start, stop):
+        row = origin + load_i64(offsets + 8 * t)
+        for line in range(0, VBYTES * lines, VBYTES):
+            prefetch_far(row + line)
+
+
+@_jit
 def _forward(p, worker):
     jobs, parts, blocks = load_i64(p + JOBS), load_i64(p + PARTS), load_i64(p + BLOCKS)
     directions, states = load_i64(p + DIRECTIONS), load_i64(p + STATES)
@@ -365,6 +379,7 @@ def _forward(p, worker):
     bias = skip + VBYTES * part_blocks
 
     softplus = load_i64(p + SOFTPLUS)
+    streams = _in_place(u) and _in_place(delta) and _in_place(out)
     table_out, table_c = _table(out, u, 3 * OFFSETS, 0), _table(c_, b_, 4 * OFFSETS, 2 * OFFSETS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
@@ -418,11 +433,19 @@ def _forward(p, worker):
                         delta, _origin(delta, image, k, 0, channel), off_delta, steps, lanes, tile_dt, identity)
                     origin = _origin(out, image, 0, 0, channel)
                     gate = load_i64(z) != 0 and k == directions - 1
-                    direct = lanes == LANES and load_i64(out + DTYPE) == F32 and load_i64(out + STRIDE_E) == 4
+                    direct = lanes == LANES and _in_place(out)
                     # the next block's line of each step, or the next chunk's first one's
                     ahead_u, ahead_dt, ahead_out, moves = at_u + VBYTES, at_dt + VBYTES, origin + VBYTES, 0
                     if block + 1 == last:
                         ahead_u, ahead_dt, ahead_out, moves = first_u, first_delta, first_out, then - now
+                    if streams and chunk + 1 < chunks:
+                        # This block's share of the next chunk, row by row: a pattern that the processor takes over.
+                        share = min(CHUNK, length - (chunk + 1) * CHUNK)
+                        start, stop = ((block - first) * share // (last - first),
+                                       (block + 1 - first) * share // (last - first))
+                        _prefetch_rows(first_u, then, start, stop, last - first)
+                        _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
+                        _prefetch_rows(first_out, then + table_out, start, stop, last - first)
                     b, d = vload(bias + VBYTES * (block - first)), vload(skip + VBYTES * (block - first))
                     for t in range(steps):
                         to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)

@@ -289,15 +289,21 @@ def store_i64(typingctx, address, value):
     return types.none(types.int64, types.int64), codegen
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address, for reading; any address is allowed."""
-    def codegen(context, builder, sig, args):
-        ty = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
-        fn = cgutils.get_or_insert_function(builder.module, ty, 'llvm.prefetch.p0')
-        builder.call(fn, [_pointer(builder, args[0], ir.IntType(8))] + [ir.Constant(_I32, v) for v in (0, 3, 1)])
-        return context.get_dummy_value()
-    return types.none(types.int64), codegen
+def _prefetch(locality):
+    @intrinsic
+    def prefetch(typingctx, address):
+        def codegen(context, builder, sig, args):
+            ty = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
+            fn = cgutils.get_or_insert_function(builder.module, ty, 'llvm.prefetch.p0')
+            builder.call(fn, [_pointer(builder, args[0], ir.IntType(8))]
+                         + [ir.Constant(_I32, v) for v in (0, locality, 1)])
+            return context.get_dummy_value()
+        return types.none(types.int64), codegen
+    return prefetch
+
+
+# Ask for the cache line at an address, for reading, in the first or in the second cache; any address is allowed.
+prefetch, prefetch_far = _prefetch(3), _prefetch(2)
 
 
 @intrinsic
