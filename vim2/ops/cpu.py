@@ -1002,7 +1002,7 @@ def _backward_scratch(blocks: int, states: int) -> int:
             + VBYTES * blocks * (4 + 3 * states))
 
 
-_HUGE = 32 << 20  # glibc never recycles blocks larger than this: each comes fresh from the system
+_HUGE = 4 << 20  # blocks from here on often come fresh from the system; glibc recycles none of over 32 MB
 _MADV_HUGEPAGE = 14
 
 
