@@ -2,9 +2,10 @@
 
 A job is one image and a range of blocks of 16 channels. It walks the scan in chunks of `CHUNK` steps; in each it reads
 the chunk's B and C once and then, block by block, keeps four states of 16 channels in registers while it steps through
-the chunk. Any strides are read in place: the inputs of a chunk are gathered into a tile of 2 KB, at the positions that
-the scan direction visits. The state never reaches memory but at the chunks' borders, from which the backward starts
-again. All sums have an order that depends on the shapes alone, so results do not depend on the number of threads.
+the chunk. Any strides are read as they are: in place where channels are contiguous, elsewhere the inputs of a chunk are
+gathered into a tile of 4 KB, at the positions that the scan direction visits. The state never reaches memory but at the
+chunks' borders, from which the backward starts again. All sums have an order that depends on the shapes alone, so
+results do not depend on the number of threads.
 
 Importing this module imports Numba; compiling takes seconds, once per machine (Numba caches the result on disk).
 """
