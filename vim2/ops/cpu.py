@@ -989,8 +989,9 @@ def _forward_parts(batch: int, blocks: int, threads: int) -> int:
 
 
 def _backward_parts(batch: int, blocks: int) -> int:
-    # Each part sums its own gradients of B and C: the cut sets the order of that sum, so only shapes may set it.
-    return max(1, min(-(-blocks // 3), -(-16 // batch)))
+    # Each part sums its own gradients of B and C: the cut sets the order of that sum, so only shapes may set it. The
+    # sums of parts of fewer blocks cost more than what more threads would save.
+    return max(1, min(-(-blocks // 6), -(-16 // batch)))
 
 
 def _forward_scratch(blocks: int, states: int) -> int:
