@@ -235,12 +235,8 @@ def _load_weights(tensor, k, first, last, per_group, width, count, scale, target
         origin = _origin(tensor, 0, k, 0, group * width + i)
         for n in range(count):
             source = origin + n * to_vector
-            if dtype == F32:
-                for lane in range(lanes):
-                    store_f32(target + 4 * lane, load_f32(source + lane * to_lane) * scale)
-            else:
-                for lane in range(lanes):
-                    store_f32(target + 4 * lane, load_as(dtype, source + lane * to_lane) * scale)
+            for lane in range(lanes):
+                store_f32(target + 4 * lane, load_as(dtype, source + lane * to_lane) * scale)
             for lane in range(lanes, LANES):
                 store_f32(target + 4 * lane, ZERO)
             target += VBYTES

@@ -116,7 +116,7 @@ def _exp2_nonpositive(context, builder, x):
 
 
 def _log1p(builder, e):
-    """log(1 + e) for 0 <= e <= 1 as e q(e), without a division: relative error < 4e-7, for the smallest e too.
+    """log(1 + e) for 0 <= e <= 1 as e q(e), without a division: relative error < 5e-7, for the smallest e too.
 
     The even and the odd powers in two chains: what bounds the softplus is the length of its chain, not its operations.
     """
