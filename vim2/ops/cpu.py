@@ -38,7 +38,8 @@ LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
-FORWARD_OFFSETS, BACKWARD_OFFSETS = 8 * OFFSETS, 13 * OFFSETS  # those of 6 and 11 tensors, rows and columns
+FAR = 4 << 20  # bytes of an image's maps (u, delta of one direction, out) from which on they are fetched row by row
+FORWARD_OFFSETS, BACKWARD_OFFSETS = 6 * OFFSETS, 11 * OFFSETS  # those of 6 and 11 tensors
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
 (NEXT_JOB, NEXT_WORKER, JOBS, DIRECTIONS, DIM, STATES, HEIGHT, WIDTH, GROUP_WIDTH, GROUP_BLOCKS, BLOCKS, PARTS,
@@ -68,50 +69,42 @@ def _origin(tensor, image, k, group, channel):
             + group * load_i64(tensor + STRIDE_G) + channel * load_i64(tensor + STRIDE_E))
 
 
-@_jit
-def _positions(p, direction, start, steps, rows, columns):
-    """Rows and columns that a direction visits in `steps` steps from `start`."""
+@njit(inline='always')
+def _position(p, direction, start):
+    """Where a direction's step `start` is: row and column, or column and row if the direction runs along columns."""
     height, width = load_i64(p + HEIGHT), load_i64(p + WIDTH)
-    step = 1
     if direction >= 2:
         start = height * width - 1 - start
-        step = -1
     inner = height if direction & 1 else width
     outer = start // inner
-    i = start - outer * inner
-    for t in range(0, 8 * steps, 8):
-        if direction & 1:
-            store_i64(rows + t, i)
-            store_i64(columns + t, outer)
-        else:
-            store_i64(rows + t, outer)
-            store_i64(columns + t, i)
-        i += step
-        if i == inner:
-            i = 0
-            outer += 1
-        elif i < 0:
-            i = inner - 1
-            outer -= 1
+    return outer, start - outer * inner, inner
 
 
 @_jit
-def _offsets(tensor, rows, columns, steps, offsets):
-    """Byte offsets of the visited positions in one tensor; then, one int64 more, how they follow one another.
+def _offsets(tensor, direction, outer, i, inner, steps, offsets):
+    """Byte offsets in one tensor of what a direction visits from :func:`_position` (outer, i, inner) on.
 
-    That is 1 or -1 if every step moves by one float32 up or down in memory, else 0.
+    Then, one int64 more, how they follow one another: 1 or -1 if every step moves by one float32 up or down in memory,
+    else 0.
     """
-    sh, sw = load_i64(tensor + STRIDE_H), load_i64(tensor + STRIDE_W)
-    last = load_i64(rows) * sh + load_i64(columns) * sw
-    store_i64(offsets, last)
-    up, down = steps > 1, steps > 1
-    for t in range(8, 8 * steps, 8):
-        offset = load_i64(rows + t) * sh + load_i64(columns + t) * sw
-        store_i64(offsets + t, offset)
-        up &= offset == last + 4
-        down &= offset == last - 4
-        last = offset
-    store_i64(offsets + 8 * CHUNK, 1 if up else -1 if down else 0)
+    down, left = load_i64(tensor + STRIDE_H), load_i64(tensor + STRIDE_W)
+    along, across = (down, left) if direction & 1 else (left, down)
+    offset = outer * across + i * along
+    left = inner - i
+    if direction >= 2:
+        along, across, left = -along, -across, i + 1
+    jump = across - inner * along  # from where a row's next position would be to the next row
+    even = left >= steps or jump == 0
+    t, end = offsets, offsets + 8 * steps
+    while t < end:
+        stop = min(end, t + 8 * left)
+        while t < stop:
+            store_i64(t, offset)
+            offset += along
+            t += 8
+        offset += jump
+        left = inner
+    store_i64(offsets + 8 * CHUNK, along // 4 if even and steps > 1 and (along == 4 or along == -4) else 0)
 
 
 @_jit
@@ -308,6 +301,40 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
         n += 1
 
 
+@_jit
+def _prepare_steps(steps, softplus, at_u, view_u, at_dt, view_dt, sums, off_out, bias, skip, dt, dtu, y, ahead_u, next_u,
+                   ahead_dt, next_dt, ahead_out, next_out):
+    """Step sizes, step sizes times inputs, and what y starts from, of one chunk and block; fetches what comes next.
+
+    y starts from D u and, if `sums` is an address, the sum over directions that is there.
+    """
+    b, d = vload(bias), vload(skip)
+    if softplus:
+        # softplus is a long chain of operations: its exponential is taken a step ahead, which makes two shorter ones
+        step = vadd(vload(at_dt + load_i64(view_dt)), b)
+        e = vexp2_nonpositive(vmul(vabs(step), vset(-LOG2E)))
+        for t in range(steps):
+            o = 8 * t
+            prefetch(ahead_u + load_i64(next_u + o))
+            prefetch(ahead_dt + load_i64(next_dt + o))
+            prefetch(ahead_out + load_i64(next_out + o))
+            following = vadd(vload(at_dt + load_i64(view_dt + 8 * min(t + 1, steps - 1))), b)
+            then = vexp2_nonpositive(vmul(vabs(following), vset(-LOG2E)))
+            x = vload(at_u + load_i64(view_u + o))
+            step = vadd(vmax(step, vset(ZERO)), vlog1p(e))
+            vstore(dt + 8 * o, step)
+            vstore(dtu + 8 * o, vmul(x, step))
+            vstore(y + 8 * o, vfma(d, x, vload(sums + load_i64(off_out + o))) if sums else vmul(d, x))
+            step, e = following, then
+    else:
+        for t in range(steps):
+            o = 8 * t
+            x, step = vload(at_u + load_i64(view_u + o)), vadd(vload(at_dt + load_i64(view_dt + o)), b)
+            vstore(dt + 8 * o, step)
+            vstore(dtu + 8 * o, vmul(x, step))
+            vstore(y + 8 * o, vfma(d, x, vload(sums + load_i64(off_out + o))) if sums else vmul(d, x))
+
+
 @njit(inline='always')
 def _moves_like(tensor, other):
     """Whether two tensors have the same strides of height and width, and so the same offsets."""
@@ -322,32 +349,34 @@ def _table(tensor, other, own, others):
 
 
 @_jit
-def _own_offsets(tensor, other, rows, columns, steps, offsets):
+def _own_offsets(tensor, other, direction, outer, i, inner, steps, offsets):
     """:func:`_offsets`, unless another tensor's serve as well."""
     if not _moves_like(tensor, other):
-        _offsets(tensor, rows, columns, steps, offsets)
+        _offsets(tensor, direction, outer, i, inner, steps, offsets)
 
 
 @_jit
 def _forward_offsets(p, direction, start, steps, at):
     """Offsets of u, delta, B, and those of out, C and z that have others, in a chunk: a table each, from `at`."""
-    rows, columns = at + 6 * OFFSETS, at + 7 * OFFSETS
-    _positions(p, direction, start, steps, rows, columns)
-    _offsets(p + U, rows, columns, steps, at)
-    _offsets(p + DELTA, rows, columns, steps, at + OFFSETS)
-    _offsets(p + B_, rows, columns, steps, at + 2 * OFFSETS)
-    _own_offsets(p + OUT, p + U, rows, columns, steps, at + 3 * OFFSETS)
-    _own_offsets(p + C_, p + B_, rows, columns, steps, at + 4 * OFFSETS)
+    outer, i, inner = _position(p, direction, start)
+    _offsets(p + U, direction, outer, i, inner, steps, at)
+    _offsets(p + DELTA, direction, outer, i, inner, steps, at + OFFSETS)
+    _offsets(p + B_, direction, outer, i, inner, steps, at + 2 * OFFSETS)
+    _own_offsets(p + OUT, p + U, direction, outer, i, inner, steps, at + 3 * OFFSETS)
+    _own_offsets(p + C_, p + B_, direction, outer, i, inner, steps, at + 4 * OFFSETS)
     if load_i64(p + Z):
-        _offsets(p + Z, rows, columns, steps, at + 5 * OFFSETS)
+        _offsets(p + Z, direction, outer, i, inner, steps, at + 5 * OFFSETS)
 
 
 @_jit
 def _prefetch_rows(origin, offsets, start, stop, lines):
     for t in range(start, stop):
         row = origin + load_i64(offsets + 8 * t)
-        for line in range(0, VBYTES * lines, VBYTES):
+        for line in range(0, VBYTES * lines, 4 * VBYTES):  # by four: the loop would cost more than what it does
             prefetch_far(row + line)
+            prefetch_far(row + line + VBYTES)
+            prefetch_far(row + line + 2 * VBYTES)
+            prefetch_far(row + line + 3 * VBYTES)
 
 
 @_jit
@@ -376,7 +405,8 @@ def _forward(p, worker):
     bias = skip + VBYTES * part_blocks
 
     softplus = load_i64(p + SOFTPLUS)
-    streams = _in_place(u) and _in_place(delta) and _in_place(out)
+    # What the next chunk reads is fetched ahead where the second cache does not hold it from the directions before.
+    streams = _in_place(u) and _in_place(delta) and _in_place(out) and 12 * dim * length > FAR
     table_out, table_c = _table(out, u, 3 * OFFSETS, 0), _table(c_, b_, 4 * OFFSETS, 2 * OFFSETS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
@@ -407,9 +437,15 @@ def _forward(p, worker):
                 off_c = now + table_c
                 loaded = -1
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
+                ahead = min(CHUNK, length - (chunk + 1) * CHUNK)
+                share = (ahead + last - first - 1) // (last - first)
+                group = first // per_group
+                i = (first - group * per_group) * LANES - LANES
                 for block in range(first, last):
-                    group = block // per_group
-                    i = (block - group * per_group) * LANES
+                    i += LANES
+                    if i >= width:
+                        group += 1
+                        i = 0
                     lanes = min(LANES, width - i)
                     channel = group * width + i
                     state = h + VBYTES * (block - first) * states
@@ -437,27 +473,14 @@ def _forward(p, worker):
                         ahead_u, ahead_dt, ahead_out, moves = first_u, first_delta, first_out, then - now
                     if streams and chunk + 1 < chunks:
                         # This block's share of the next chunk, row by row: a pattern that the processor takes over.
-                        share = min(CHUNK, length - (chunk + 1) * CHUNK)
-                        start, stop = ((block - first) * share // (last - first),
-                                       (block + 1 - first) * share // (last - first))
+                        start = min((block - first) * share, ahead)
+                        stop = min(start + share, ahead)
                         _prefetch_rows(first_u, then, start, stop, last - first)
                         _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
                         _prefetch_rows(first_out, then + table_out, start, stop, last - first)
-                    b, d = vload(bias + VBYTES * (block - first)), vload(skip + VBYTES * (block - first))
-                    for t in range(steps):
-                        to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
-                        to_out = origin + load_i64(off_out + 8 * t)
-                        prefetch(ahead_u + load_i64(off_u + moves + 8 * t))
-                        prefetch(ahead_dt + load_i64(off_delta + moves + 8 * t))
-                        prefetch(ahead_out + load_i64(off_out + moves + 8 * t))
-                        x, dt = vload(to_x), vadd(vload(to_dt), b)
-                        if softplus:
-                            dt = _softplus(dt)
-                        vstore(tile_dt + VBYTES * t, dt)
-                        vstore(tile_x + VBYTES * t, vmul(x, dt))
-                        # the sum over directions so far is in the output itself
-                        vstore(tile_y + VBYTES * t,
-                               vfma(d, x, vload(to_out)) if direct and k > 0 else vmul(d, x))
+                    _prepare_steps(steps, softplus, at_u, view_u, at_dt, view_dt, origin if direct and k > 0 else 0, off_out,
+                                   bias + VBYTES * (block - first), skip + VBYTES * (block - first), tile_dt, tile_x, tile_y,
+                                   ahead_u, off_u + moves, ahead_dt, off_delta + moves, ahead_out, off_out + moves)
                     _steps_forward(steps, states, tile_dt, tile_x, tile_y, at_b, view_b, at_c, view_c,
                                    decay + VBYTES * (block - first) * states, state,
                                    origin if direct and not gate else 0, off_out)
@@ -630,20 +653,19 @@ def _flush_rows(tensor, origin, offsets, steps, states, acc):
 @_jit
 def _backward_offsets(p, direction, start, steps, at):
     """Offsets of u, delta, B, and those of the other tensors that have others, in a chunk: a table each, from `at`."""
-    rows, columns = at + 11 * OFFSETS, at + 12 * OFFSETS
-    _positions(p, direction, start, steps, rows, columns)
-    _offsets(p + U, rows, columns, steps, at)
-    _offsets(p + DELTA, rows, columns, steps, at + OFFSETS)
-    _offsets(p + B_, rows, columns, steps, at + 2 * OFFSETS)
-    _own_offsets(p + G_OUT, p + U, rows, columns, steps, at + 3 * OFFSETS)
-    _own_offsets(p + G_U, p + U, rows, columns, steps, at + 4 * OFFSETS)
-    _own_offsets(p + G_DELTA, p + DELTA, rows, columns, steps, at + 5 * OFFSETS)
-    _own_offsets(p + C_, p + B_, rows, columns, steps, at + 6 * OFFSETS)
-    _offsets(p + G_B, rows, columns, steps, at + 7 * OFFSETS)
-    _own_offsets(p + G_C, p + G_B, rows, columns, steps, at + 8 * OFFSETS)
+    outer, i, inner = _position(p, direction, start)
+    _offsets(p + U, direction, outer, i, inner, steps, at)
+    _offsets(p + DELTA, direction, outer, i, inner, steps, at + OFFSETS)
+    _offsets(p + B_, direction, outer, i, inner, steps, at + 2 * OFFSETS)
+    _own_offsets(p + G_OUT, p + U, direction, outer, i, inner, steps, at + 3 * OFFSETS)
+    _own_offsets(p + G_U, p + U, direction, outer, i, inner, steps, at + 4 * OFFSETS)
+    _own_offsets(p + G_DELTA, p + DELTA, direction, outer, i, inner, steps, at + 5 * OFFSETS)
+    _own_offsets(p + C_, p + B_, direction, outer, i, inner, steps, at + 6 * OFFSETS)
+    _offsets(p + G_B, direction, outer, i, inner, steps, at + 7 * OFFSETS)
+    _own_offsets(p + G_C, p + G_B, direction, outer, i, inner, steps, at + 8 * OFFSETS)
     if load_i64(p + Z):
-        _offsets(p + Z, rows, columns, steps, at + 9 * OFFSETS)
-        _offsets(p + G_Z, rows, columns, steps, at + 10 * OFFSETS)
+        _offsets(p + Z, direction, outer, i, inner, steps, at + 9 * OFFSETS)
+        _offsets(p + G_Z, direction, outer, i, inner, steps, at + 10 * OFFSETS)
 
 
 @_jit
