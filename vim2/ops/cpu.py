@@ -242,8 +242,9 @@ def _fill(target, count):
 
 
 @njit(inline='always')
-def _softplus(x):
-    return vadd(vmax(x, vset(ZERO)), vlog1p(vexp2_nonpositive(vmul(vabs(x), vset(-LOG2E)))))
+def _decay_of(x):
+    """exp(-|x|): softplus(x) = max(x, 0) + log1p of it."""
+    return vexp2_nonpositive(vmul(vabs(x), vset(-LOG2E)))
 
 
 @_jit
@@ -252,7 +253,7 @@ def _silu_tile(tile, steps, slope):
     one = vset(ONE)
     for t in range(steps):
         x = vload(tile + VBYTES * t)
-        e = vexp2_nonpositive(vmul(vabs(x), vset(-LOG2E)))
+        e = _decay_of(x)
         r = vdiv(one, vadd(one, e))
         gate = vselect_negative(x, vmul(e, r), r)
         if slope:
@@ -302,37 +303,31 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
 
 
 @_jit
-def _prepare_steps(steps, softplus, at_u, view_u, at_dt, view_dt, sums, off_out, bias, skip, dt, dtu, y, ahead_u, next_u,
-                   ahead_dt, next_dt, ahead_out, next_out):
+def _prepare_forward(steps, softplus, at_u, view_u, at_dt, view_dt, sums, off_out, bias, skip, dt, dtu, y, ahead_u, next_u,
+                     ahead_dt, next_dt, ahead_out, next_out):
     """Step sizes, step sizes times inputs, and what y starts from, of one chunk and block; fetches what comes next.
 
-    y starts from D u and, if `sums` is an address, the sum over directions that is there.
+    y starts from D u and, if `sums` is an address, the sum over directions that is there. Softplus is a long chain of
+    operations: its exponential is taken a step ahead, which makes two shorter ones.
     """
     b, d = vload(bias), vload(skip)
-    if softplus:
-        # softplus is a long chain of operations: its exponential is taken a step ahead, which makes two shorter ones
-        step = vadd(vload(at_dt + load_i64(view_dt)), b)
-        e = vexp2_nonpositive(vmul(vabs(step), vset(-LOG2E)))
-        for t in range(steps):
-            o = 8 * t
-            prefetch(ahead_u + load_i64(next_u + o))
-            prefetch(ahead_dt + load_i64(next_dt + o))
-            prefetch(ahead_out + load_i64(next_out + o))
-            following = vadd(vload(at_dt + load_i64(view_dt + 8 * min(t + 1, steps - 1))), b)
-            then = vexp2_nonpositive(vmul(vabs(following), vset(-LOG2E)))
-            x = vload(at_u + load_i64(view_u + o))
+    step = vadd(vload(at_dt + load_i64(view_dt)), b)
+    e = _decay_of(step)
+    for t in range(steps):
+        o = 8 * t
+        prefetch(ahead_u + load_i64(next_u + o))
+        prefetch(ahead_dt + load_i64(next_dt + o))
+        prefetch(ahead_out + load_i64(next_out + o))
+        following = vadd(vload(at_dt + load_i64(view_dt + 8 * min(t + 1, steps - 1))), b)
+        x = vload(at_u + load_i64(view_u + o))
+        if softplus:
+            then = _decay_of(following)
             step = vadd(vmax(step, vset(ZERO)), vlog1p(e))
-            vstore(dt + 8 * o, step)
-            vstore(dtu + 8 * o, vmul(x, step))
-            vstore(y + 8 * o, vfma(d, x, vload(sums + load_i64(off_out + o))) if sums else vmul(d, x))
-            step, e = following, then
-    else:
-        for t in range(steps):
-            o = 8 * t
-            x, step = vload(at_u + load_i64(view_u + o)), vadd(vload(at_dt + load_i64(view_dt + o)), b)
-            vstore(dt + 8 * o, step)
-            vstore(dtu + 8 * o, vmul(x, step))
-            vstore(y + 8 * o, vfma(d, x, vload(sums + load_i64(off_out + o))) if sums else vmul(d, x))
+            e = then
+        vstore(dt + 8 * o, step)
+        vstore(dtu + 8 * o, vmul(x, step))
+        vstore(y + 8 * o, vfma(d, x, vload(sums + load_i64(off_out + o))) if sums else vmul(d, x))
+        step = following
 
 
 @njit(inline='always')
@@ -478,7 +473,7 @@ def _forward(p, worker):
                         _prefetch_rows(first_u, then, start, stop, last - first)
                         _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
                         _prefetch_rows(first_out, then + table_out, start, stop, last - first)
-                    _prepare_steps(steps, softplus, at_u, view_u, at_dt, view_dt, origin if direct and k > 0 else 0, off_out,
+                    _prepare_forward(steps, softplus, at_u, view_u, at_dt, view_dt, origin if direct and k > 0 else 0, off_out,
                                    bias + VBYTES * (block - first), skip + VBYTES * (block - first), tile_dt, tile_x, tile_y,
                                    ahead_u, off_u + moves, ahead_dt, off_delta + moves, ahead_out, off_out + moves)
                     _steps_forward(steps, states, tile_dt, tile_x, tile_y, at_b, view_b, at_c, view_c,
@@ -509,6 +504,36 @@ def _forward(p, worker):
                                       load_f32(h + VBYTES * ((block - first) * states + n) + 4 * lane))
 
 
+@_jit
+def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_g, bias, dt, dtu, gy, slope, sum_d,
+                      ahead_u, next_u, ahead_dt, next_dt, ahead_g, next_g, ahead_gu, next_gu, ahead_gdt, next_gdt):
+    """:func:`_prepare_forward` for the backward: step sizes, times inputs, their slope, gradients; adds to that of D."""
+    b, total, zero, one = vload(bias), vload(sum_d), vset(ZERO), vset(ONE)
+    step = vadd(vload(at_dt + load_i64(view_dt)), b)
+    e = _decay_of(step)
+    for t in range(steps):
+        o = 8 * t
+        prefetch(ahead_u + load_i64(next_u + o))
+        prefetch(ahead_dt + load_i64(next_dt + o))
+        prefetch(ahead_g + load_i64(next_g + o))
+        prefetch(ahead_gu + load_i64(next_gu + o))
+        prefetch(ahead_gdt + load_i64(next_gdt + o))
+        following = vadd(vload(at_dt + load_i64(view_dt + 8 * min(t + 1, steps - 1))), b)
+        x, g = vload(at_u + load_i64(view_u + o)), vload(at_g + load_i64(view_g + o))
+        if softplus:
+            then = _decay_of(following)
+            r = vdiv(one, vadd(one, e))
+            vstore(slope + 8 * o, vselect_negative(step, vmul(e, r), r))
+            step = vadd(vmax(step, zero), vlog1p(e))
+            e = then
+        total = vfma(x, g, total)
+        vstore(dt + 8 * o, step)
+        vstore(dtu + 8 * o, vmul(x, step))
+        vstore(gy + 8 * o, g)
+        step = following
+    vstore(sum_d, total)
+
+
 @njit(inline='always')
 def _adjoint(keep, decay_keep, b, c, a, d, x, gy, h, g, s, sx, sd):
     """One state's step of the adjoint recurrence, from h after the step and the adjoint g carried from the next one.
@@ -537,7 +562,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
                     carry, g_a, acc_b, acc_c, keep):
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
-    Adds to y, g_dtu (gradient of dt u), g_dt (gradient of dt through the decay), g_a, acc_b and acc_c (gradients of B
+    Adds to y, to g_dtu (gradient of dt u) and g_dt (gradient of dt through the decay), which state 0 starts, to g_a, acc_b and acc_c (gradients of B
     and C, not yet summed over the lanes: see `_sum_vectors`); `carry` holds the adjoint that crosses chunks. `keep` is
     scratch for (steps, 2 * count) vectors: the state before each step and its decay.
     """
@@ -580,7 +605,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             k, at = keep + 8 * VBYTES * t, VBYTES * (slots * t + n // 4)
             e = k + 4 * VBYTES
-            sx, sd = vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)
+            sx, sd = (vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)) if n else (vset(ZERO), vset(ZERO))
             h0, g0, s0, sx, sd, b0, c0 = _adjoint(k, e, b, c, a0, d, x, g, h0, g0, s0, sx, sd)
             h1, g1, s1, sx, sd, b1, c1 = _adjoint(k + VBYTES, e + VBYTES, b + 4, c + 4, a1, d, x, g, h1, g1, s1, sx, sd)
             h2, g2, s2, sx, sd, b2, c2 = _adjoint(k + 2 * VBYTES, e + 2 * VBYTES, b + 8, c + 8, a2, d, x, g, h2, g2, s2,
@@ -617,8 +642,8 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             k, at = keep + 2 * VBYTES * t, VBYTES * (slots * t + states // 4 + n % 4)
-            h0, g0, s0, sx, sd, b0, c0 = _adjoint(k, k + VBYTES, b, c, a0, d, x, g, h0, g0, s0,
-                                                  vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t))
+            sx, sd = (vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)) if n else (vset(ZERO), vset(ZERO))
+            h0, g0, s0, sx, sd, b0, c0 = _adjoint(k, k + VBYTES, b, c, a0, d, x, g, h0, g0, s0, sx, sd)
             vstore(acc_b + at, vadd(vload(acc_b + at), b0))
             vstore(acc_c + at, vadd(vload(acc_c + at), c0))
             vstore(g_dtu + VBYTES * t, sx)
@@ -704,6 +729,8 @@ def _backward(p, worker):
 
     _fill(acc_b, 2 * CHUNK * _sum_vectors(states))
     softplus = load_i64(p + SOFTPLUS)
+    streams = (_in_place(u) and _in_place(delta) and _in_place(g_out) and _in_place(g_u) and _in_place(g_delta)
+               and 20 * dim * length > FAR)
     table_out, table_gu = _table(g_out, u, 3 * OFFSETS, 0), _table(g_u, u, 4 * OFFSETS, 0)
     table_gdelta, table_c = _table(g_delta, delta, 5 * OFFSETS, OFFSETS), _table(c_, b_, 6 * OFFSETS, 2 * OFFSETS)
     table_gc = _table(g_c, g_b, 8 * OFFSETS, 7 * OFFSETS)
@@ -750,6 +777,7 @@ def _backward(p, worker):
                 off_gb, off_gc, off_z, off_gz = now + 7 * OFFSETS, now + table_gc, now + 9 * OFFSETS, now + 10 * OFFSETS
                 loaded = -1
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
+                share = (CHUNK + last - first - 1) // (last - first)
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
@@ -787,35 +815,25 @@ def _backward(p, worker):
                         at_gy, view_gy = tile_gy, identity
                     to_gu = _origin(g_u, image, 0, 0, channel)
                     to_gdelta = _origin(g_delta, image, k, 0, channel)
-                    sd, b, zero, one = vload(sum_d + VBYTES * j), vload(bias + VBYTES * j), vset(ZERO), vset(ONE)
                     # the next block's line of each step, or that of the chunk before's first one
                     ahead_u, ahead_dt, ahead_g, moves = at_u + VBYTES, at_dt + VBYTES, at_gy + VBYTES, 0
                     ahead_gu, ahead_gdt = to_gu + VBYTES, to_gdelta + VBYTES
                     if block + 1 == last:
                         ahead_u, ahead_dt, ahead_g, moves = first_u, first_delta, first_g, then - now
                         ahead_gu, ahead_gdt = first_gu, first_gdelta
-                    for t in range(steps):
-                        o = VBYTES * t
-                        to_x, to_dt = at_u + load_i64(view_u + 8 * t), at_dt + load_i64(view_dt + 8 * t)
-                        to_g = at_gy + load_i64(view_gy + 8 * t)
-                        prefetch(ahead_u + load_i64(off_u + moves + 8 * t))
-                        prefetch(ahead_dt + load_i64(off_delta + moves + 8 * t))
-                        prefetch(ahead_g + load_i64(off_out + moves + 8 * t))
-                        prefetch(ahead_gu + load_i64(off_gu + moves + 8 * t))
-                        prefetch(ahead_gdt + load_i64(off_gdelta + moves + 8 * t))
-                        x, dt, g = vload(to_x), vadd(vload(to_dt), b), vload(to_g)
-                        if softplus:
-                            e = vexp2_nonpositive(vmul(vabs(dt), vset(-LOG2E)))
-                            r = vdiv(one, vadd(one, e))
-                            vstore(tile_slope + o, vselect_negative(dt, vmul(e, r), r))
-                            dt = vadd(vmax(dt, zero), vlog1p(e))
-                        sd = vfma(x, g, sd)
-                        vstore(tile_dt + o, dt)
-                        vstore(tile_x + o, vmul(x, dt))
-                        vstore(tile_gy + o, g)
-                        vstore(tile_gx + o, zero)
-                        vstore(tile_gdt + o, zero)
-                    vstore(sum_d + VBYTES * j, sd)
+                    if streams and chunk > 0:
+                        # This block's share of the chunk before, row by row: a pattern that the processor takes over.
+                        start = min((block - first) * share, CHUNK)
+                        stop = min(start + share, CHUNK)
+                        _prefetch_rows(first_u, then, start, stop, last - first)
+                        _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
+                        _prefetch_rows(first_g, then + table_out, start, stop, last - first)
+                        _prefetch_rows(first_gu, then + table_gu, start, stop, last - first)
+                        _prefetch_rows(first_gdelta, then + table_gdelta, start, stop, last - first)
+                    _prepare_backward(
+                        steps, softplus, at_u, view_u, at_dt, view_dt, at_gy, view_gy, bias + VBYTES * j, tile_dt, tile_x,
+                        tile_gy, tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,
+                        ahead_g, off_out + moves, ahead_gu, off_gu + moves, ahead_gdt, off_gdelta + moves)
                     saved = load_i64(p + SAVED) + VBYTES * states * (
                         ((image * directions + k) * chunks + chunk) * blocks + block)
                     n = 0
