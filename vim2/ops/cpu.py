@@ -29,7 +29,7 @@ from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
     F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, prefetch_far,
-    store_as, store_f32, store_i64, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4,
+    store_as, store_f32, store_i64, transpose4, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4,
     vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
@@ -226,7 +226,13 @@ def _load_weights(tensor, k, first, last, per_group, width, count, scale, target
         i = (block - group * per_group) * LANES
         lanes = min(LANES, width - i) if there else 0
         origin = _origin(tensor, 0, k, 0, group * width + i)
-        for n in range(count):
+        done = 0
+        if lanes == LANES and dtype == F32 and to_vector == 4:
+            while done + 4 <= count:
+                transpose4(target, origin + 4 * done, to_lane, scale)
+                target += 4 * VBYTES
+                done += 4
+        for n in range(done, count):
             source = origin + n * to_vector
             for lane in range(lanes):
                 store_f32(target + 4 * lane, load_as(dtype, source + lane * to_lane) * scale)
@@ -828,8 +834,6 @@ def _backward(p, worker):
                         _prefetch_rows(first_u, then, start, stop, last - first)
                         _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
                         _prefetch_rows(first_g, then + table_out, start, stop, last - first)
-                        _prefetch_rows(first_gu, then + table_gu, start, stop, last - first)
-                        _prefetch_rows(first_gdelta, then + table_gdelta, start, stop, last - first)
                     _prepare_backward(
                         steps, softplus, at_u, view_u, at_dt, view_dt, at_gy, view_gy, bias + VBYTES * j, tile_dt, tile_x,
                         tile_gy, tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,

@@ -329,6 +329,36 @@ def transpose16(typingctx, target, target_stride, source, source_stride):
 
 
 @intrinsic
+def transpose4(typingctx, target, source, stride, scale):
+    """16 rows of 4 float32, `stride` bytes apart, times `scale`, to 4 neighbouring vectors of 16."""
+    def codegen(context, builder, sig, args):
+        target, source, stride, scale = args
+
+        def join(parts):
+            """Vectors one behind the other."""
+            while len(parts) > 1:
+                both = ir.Constant(ir.VectorType(_I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+                parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2])]
+            return parts[0]
+
+        rows = []
+        for _ in range(LANES):
+            rows.append(_load(builder, source, ir.VectorType(_F32, 4), 4))
+            source = builder.add(source, stride)
+        # row 4 i + j in quarter i of vector j: then four 4 x 4 transpositions, in two rounds of interleaving
+        vectors = [join(rows[j::4]) for j in range(4)]
+        for _ in range(2):
+            vectors = [builder.shuffle_vector(vectors[j // 2], vectors[j // 2 + 2], ir.Constant(_VEC_I32, [
+                4 * quarter + i // 2 + 2 * (j % 2) + i % 2 * LANES for quarter in range(4) for i in range(4)]))
+                for j in range(4)]
+        for vector_ in vectors:
+            _store(builder, builder.fmul(vector_, _broadcast(builder, scale)), target, 4)
+            target = builder.add(target, ir.Constant(_I64, VBYTES))
+        return context.get_dummy_value()
+    return types.none(types.int64, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
 def fetch_add(typingctx, address):
     """Atomically add 1 to the int64 at an address; returns what it was."""
     def codegen(context, builder, sig, args):
