@@ -268,12 +268,52 @@ def _silu_tile(tile, steps, slope):
 
 
 @_jit
-def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, decay, h, target, view_target):
-    """The recurrence of one chunk and block: updates the states h (N, 16), adds to y (steps, 16).
+def _step_sizes(steps, softplus, at, view, bias, dt, ahead_u, next_u, ahead_dt, next_dt, ahead_out, next_out):
+    """Step sizes of one chunk and block, into a tile; fetches what comes next.
 
-    The last sum is stored at `target` if that is an address, else in y.
+    Softplus is a long chain of operations: its exponential is taken a step ahead, which makes two shorter ones.
+    """
+    b = vload(bias)
+    x = vadd(vload(at + load_i64(view)), b)
+    e = _decay_of(x)
+    for o in range(0, 8 * steps, 8):
+        prefetch(ahead_u + load_i64(next_u + o))
+        prefetch(ahead_dt + load_i64(next_dt + o))
+        prefetch(ahead_out + load_i64(next_out + o))
+        following = vadd(vload(at + load_i64(view + min(o + 8, 8 * steps - 8))), b)
+        if softplus:
+            then = _decay_of(following)
+            x = vadd(vmax(x, vset(ZERO)), vlog1p(e))
+            e = then
+        vstore(dt + 8 * o, x)
+        x = following
+
+
+@njit(inline='always')
+def _step_input(first, keep, d, at_u, skip, at_sum, dtu, y):
+    """d u, and what y is before more states are added to it: D u plus the sum at `at_sum`, if that is an address.
+
+    The first states find out and, if there are more of them (`keep`), leave d u for those; they find both in tiles.
+    """
+    if not first:
+        return vload(dtu), vload(y)
+    x = vload(at_u)
+    s = vfma(skip, x, vload(at_sum)) if at_sum else vmul(skip, x)
+    x = vmul(d, x)
+    if keep:
+        vstore(dtu, x)
+    return x, s
+
+
+@_jit
+def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, rows_c, view_c, decay, h, dtu, y, target,
+                   view_target):
+    """The recurrence of one chunk and block: updates the states h (N, 16); y = D u + <C, h> (steps, 16).
+
+    To y are added the sums at `sums`, and the last sum is stored at `target`, if these are addresses, else in y.
     """
     n = 0
+    skip = vload(skip)
     while n + 4 <= states:
         o = VBYTES * n
         a0, a1 = vload(decay + o), vload(decay + o + VBYTES)
@@ -282,15 +322,17 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
         h2, h3 = vload(h + o + 2 * VBYTES), vload(h + o + 3 * VBYTES)
         direct = target != 0 and n + 4 == states
         for t in range(steps):
-            d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            d, to = vload(dt + VBYTES * t), load_i64(view_target + 8 * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
+            x, s = _step_input(n == 0, states > 4, d, at_u + load_i64(view_u + 8 * t), skip, sums + to if sums else 0,
+                               dtu + VBYTES * t, y + VBYTES * t)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(b)))
             h1 = vfma(vexp2(vmul(d, a1)), h1, vmul(x, vbroadcast(b + 4)))
             h2 = vfma(vexp2(vmul(d, a2)), h2, vmul(x, vbroadcast(b + 8)))
             h3 = vfma(vexp2(vmul(d, a3)), h3, vmul(x, vbroadcast(b + 12)))
-            s = vfma(h1, vbroadcast(c + 4), vfma(h0, vbroadcast(c), vload(y + VBYTES * t)))
+            s = vfma(h1, vbroadcast(c + 4), vfma(h0, vbroadcast(c), s))
             s = vfma(h3, vbroadcast(c + 12), vfma(h2, vbroadcast(c + 8), s))
-            vstore(target + load_i64(view_target + 8 * t) if direct else y + VBYTES * t, s)
+            vstore(target + to if direct else y + VBYTES * t, s)
         vstore(h + o, h0)
         vstore(h + o + VBYTES, h1)
         vstore(h + o + 2 * VBYTES, h2)
@@ -300,40 +342,14 @@ def _steps_forward(steps, states, dt, dtu, y, rows_b, view_b, rows_c, view_c, de
         a0, h0 = vload(decay + VBYTES * n), vload(h + VBYTES * n)
         direct = target != 0 and n + 1 == states
         for t in range(steps):
-            d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            d, to = vload(dt + VBYTES * t), load_i64(view_target + 8 * t)
+            x, s = _step_input(n == 0, states > 1, d, at_u + load_i64(view_u + 8 * t), skip, sums + to if sums else 0,
+                               dtu + VBYTES * t, y + VBYTES * t)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + load_i64(view_b + 8 * t) + 4 * n)))
-            s = vfma(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n), vload(y + VBYTES * t))
-            vstore(target + load_i64(view_target + 8 * t) if direct else y + VBYTES * t, s)
+            s = vfma(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n), s)
+            vstore(target + to if direct else y + VBYTES * t, s)
         vstore(h + VBYTES * n, h0)
         n += 1
-
-
-@_jit
-def _prepare_forward(steps, softplus, at_u, view_u, at_dt, view_dt, sums, off_out, bias, skip, dt, dtu, y, ahead_u, next_u,
-                     ahead_dt, next_dt, ahead_out, next_out):
-    """Step sizes, step sizes times inputs, and what y starts from, of one chunk and block; fetches what comes next.
-
-    y starts from D u and, if `sums` is an address, the sum over directions that is there. Softplus is a long chain of
-    operations: its exponential is taken a step ahead, which makes two shorter ones.
-    """
-    b, d = vload(bias), vload(skip)
-    step = vadd(vload(at_dt + load_i64(view_dt)), b)
-    e = _decay_of(step)
-    for t in range(steps):
-        o = 8 * t
-        prefetch(ahead_u + load_i64(next_u + o))
-        prefetch(ahead_dt + load_i64(next_dt + o))
-        prefetch(ahead_out + load_i64(next_out + o))
-        following = vadd(vload(at_dt + load_i64(view_dt + 8 * min(t + 1, steps - 1))), b)
-        x = vload(at_u + load_i64(view_u + o))
-        if softplus:
-            then = _decay_of(following)
-            step = vadd(vmax(step, vset(ZERO)), vlog1p(e))
-            e = then
-        vstore(dt + 8 * o, step)
-        vstore(dtu + 8 * o, vmul(x, step))
-        vstore(y + 8 * o, vfma(d, x, vload(sums + load_i64(off_out + o))) if sums else vmul(d, x))
-        step = following
 
 
 @njit(inline='always')
@@ -479,11 +495,12 @@ def _forward(p, worker):
                         _prefetch_rows(first_u, then, start, stop, last - first)
                         _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
                         _prefetch_rows(first_out, then + table_out, start, stop, last - first)
-                    _prepare_forward(steps, softplus, at_u, view_u, at_dt, view_dt, origin if direct and k > 0 else 0, off_out,
-                                   bias + VBYTES * (block - first), skip + VBYTES * (block - first), tile_dt, tile_x, tile_y,
-                                   ahead_u, off_u + moves, ahead_dt, off_delta + moves, ahead_out, off_out + moves)
-                    _steps_forward(steps, states, tile_dt, tile_x, tile_y, at_b, view_b, at_c, view_c,
-                                   decay + VBYTES * (block - first) * states, state,
+                    _step_sizes(steps, softplus, at_dt, view_dt, bias + VBYTES * (block - first), tile_dt,
+                                ahead_u, off_u + moves, ahead_dt, off_delta + moves, ahead_out, off_out + moves)
+                    # the sum over directions so far is in the output itself
+                    _steps_forward(steps, states, tile_dt, at_u, view_u, skip + VBYTES * (block - first),
+                                   origin if direct and k > 0 else 0, at_b, view_b, at_c, view_c,
+                                   decay + VBYTES * (block - first) * states, state, tile_x, tile_y,
                                    origin if direct and not gate else 0, off_out)
                     if gate:
                         if k > 0 and not direct:
@@ -513,7 +530,7 @@ def _forward(p, worker):
 @_jit
 def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_g, bias, dt, dtu, gy, slope, sum_d,
                       ahead_u, next_u, ahead_dt, next_dt, ahead_g, next_g, ahead_gu, next_gu, ahead_gdt, next_gdt):
-    """:func:`_prepare_forward` for the backward: step sizes, times inputs, their slope, gradients; adds to that of D."""
+    """Step sizes, times inputs, their slope and gradients of y, into tiles; adds to the gradient of D. As `_step_sizes`."""
     b, total, zero, one = vload(bias), vload(sum_d), vset(ZERO), vset(ONE)
     step = vadd(vload(at_dt + load_i64(view_dt)), b)
     e = _decay_of(step)
