@@ -528,9 +528,9 @@ def _forward(p, worker):
 
 
 @_jit
-def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_g, bias, dt, dtu, gy, slope, sum_d,
+def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_g, bias, dt, dtu, slope, sum_d,
                       ahead_u, next_u, ahead_dt, next_dt, ahead_g, next_g, ahead_gu, next_gu, ahead_gdt, next_gdt):
-    """Step sizes, times inputs, their slope and gradients of y, into tiles; adds to the gradient of D. As `_step_sizes`."""
+    """Step sizes, times inputs, and their slope, into tiles; adds to the gradient of D. As `_step_sizes`."""
     b, total, zero, one = vload(bias), vload(sum_d), vset(ZERO), vset(ONE)
     step = vadd(vload(at_dt + load_i64(view_dt)), b)
     e = _decay_of(step)
@@ -552,9 +552,27 @@ def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_
         total = vfma(x, g, total)
         vstore(dt + 8 * o, step)
         vstore(dtu + 8 * o, vmul(x, step))
-        vstore(gy + 8 * o, g)
         step = following
     vstore(sum_d, total)
+
+
+@_jit
+def _finish_backward(steps, softplus, at_u, view_u, at_g, view_g, skip, dt, slope, g_dtu, g_dt, sum_bias, to_gu, view_gu,
+                     accumulate, to_gdelta, view_gdelta):
+    """Gradients of u, stored or added to what is there, and of delta, from those of dt u and dt; adds to delta_bias's."""
+    d, total = vload(skip), vload(sum_bias)
+    for t in range(steps):
+        o = VBYTES * t
+        gx = vload(g_dtu + o)
+        g = vfma(gx, vload(at_u + load_i64(view_u + 8 * t)), vload(g_dt + o))
+        if softplus:
+            g = vmul(g, vload(slope + o))
+        total = vadd(total, g)
+        vstore(to_gdelta + load_i64(view_gdelta + 8 * t), g)
+        gx = vfma(gx, vload(dt + o), vmul(d, vload(at_g + load_i64(view_g + 8 * t))))
+        to = to_gu + load_i64(view_gu + 8 * t)
+        vstore(to, vadd(vload(to), gx) if accumulate else gx)
+    vstore(sum_bias, total)
 
 
 @njit(inline='always')
@@ -581,7 +599,7 @@ def _sum_vectors(states):
 
 
 @_jit
-def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c, decay, h,
+def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c, decay, h,
                     carry, g_a, acc_b, acc_c, keep):
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
@@ -624,7 +642,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         s0, s1 = vload(g_a + o), vload(g_a + o + VBYTES)
         s2, s3 = vload(g_a + o + 2 * VBYTES), vload(g_a + o + 3 * VBYTES)
         for t in range(steps - 1, -1, -1):
-            d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
+            d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + load_i64(view_gy + 8 * t))
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             k, at = keep + 8 * VBYTES * t, VBYTES * (slots * t + n // 4)
             e = k + 4 * VBYTES
@@ -662,7 +680,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, g_dtu, g_dt, rows_b
         a0 = vmul(a0, ln2)
         g0, s0 = vload(carry + o), vload(g_a + o)
         for t in range(steps - 1, -1, -1):
-            d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + VBYTES * t)
+            d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + load_i64(view_gy + 8 * t))
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             k, at = keep + 2 * VBYTES * t, VBYTES * (slots * t + states // 4 + n % 4)
             sx, sd = (vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)) if n else (vset(ZERO), vset(ZERO))
@@ -853,7 +871,7 @@ def _backward(p, worker):
                         _prefetch_rows(first_g, then + table_out, start, stop, last - first)
                     _prepare_backward(
                         steps, softplus, at_u, view_u, at_dt, view_dt, at_gy, view_gy, bias + VBYTES * j, tile_dt, tile_x,
-                        tile_gy, tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,
+                        tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,
                         ahead_g, off_out + moves, ahead_gu, off_gu + moves, ahead_gdt, off_gdelta + moves)
                     saved = load_i64(p + SAVED) + VBYTES * states * (
                         ((image * directions + k) * chunks + chunk) * blocks + block)
@@ -861,23 +879,18 @@ def _backward(p, worker):
                     while n < states:
                         count = 4 if n + 4 <= states else 1
                         _steps_backward(
-                            steps, states, n, count, tile_dt, tile_x, y, tile_gy, tile_gx, tile_gdt, at_b, view_b,
+                            steps, states, n, count, tile_dt, tile_x, y, at_gy, view_gy, tile_gx, tile_gdt, at_b, view_b,
                             at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
                             sum_a + VBYTES * j * states, acc_b, acc_c, keep)
                         n += count
-                    sb = vload(sum_bias + VBYTES * j)
-                    for t in range(steps):
-                        o = VBYTES * t
-                        gx = vload(tile_gx + o)
-                        g = vfma(gx, vload(at_u + load_i64(view_u + 8 * t)), vload(tile_gdt + o))
-                        if softplus:
-                            g = vmul(g, vload(tile_slope + o))
-                        sb = vadd(sb, g)
-                        vstore(tile_gdt + o, g)
-                        vstore(tile_gx + o, vfma(gx, vload(tile_dt + o), vmul(d, vload(tile_gy + o))))
-                    vstore(sum_bias + VBYTES * j, sb)
-                    _store_tile(g_u, to_gu, off_gu, steps, lanes, tile_gx, k > 0)
-                    _store_tile(g_delta, to_gdelta, off_gdelta, steps, lanes, tile_gdt, False)
+                    direct = lanes == LANES and _in_place(g_u) and _in_place(g_delta)
+                    _finish_backward(
+                        steps, softplus, at_u, view_u, at_gy, view_gy, skip + VBYTES * j, tile_dt, tile_slope, tile_gx,
+                        tile_gdt, sum_bias + VBYTES * j, to_gu if direct else tile_gx, off_gu if direct else identity,
+                        direct and k > 0, to_gdelta if direct else tile_gdt, off_gdelta if direct else identity)
+                    if not direct:
+                        _store_tile(g_u, to_gu, off_gu, steps, lanes, tile_gx, k > 0)
+                        _store_tile(g_delta, to_gdelta, off_gdelta, steps, lanes, tile_gdt, False)
                     if load_i64(z):
                         for t in range(0, VBYTES * steps, VBYTES):
                             vstore(tile_y + t, vmul(vload(tile_y + t), vload(tile_z + t)))
