@@ -325,8 +325,8 @@ def test_errors_after_a_valid_call(name, bad, error, message):
     for _ in range(2):
         cross_selective_scan(**inputs)
     inputs[name] = bad(inputs[name])
-    for _ in range(2):
-        with pytest.raises(error, match=message):
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
             cross_selective_scan(**inputs)
 
 
