@@ -14,11 +14,11 @@ import functools
 import inspect
 import mmap
 import os
-import struct
 import sys
 import zlib
+from array import array
 from concurrent.futures import ThreadPoolExecutor
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -985,13 +985,17 @@ def _call(name: str):
     return _ENTRY_TYPE(_compiled(name).address)
 
 
-def _run(name: str, fields: ctypes.Array, workers: int) -> None:
-    """Run an entry point, 'forward' or 'backward', on `workers` threads; each takes jobs until there are none left."""
-    entry, address = _call(name), ctypes.addressof(fields)
+def _run(name: str, address: int, workers: int) -> None:
+    """Run an entry point, 'forward' or 'backward', on `workers` threads; each takes jobs until there are none left.
+
+    Args:
+        address: that of the fields.
+    """
+    entry = _call(name)
     if workers == 1:
         entry(address)
     elif _openmp is not None:
-        _openmp(_compiled(name).address, address, workers, 0)
+        _openmp(entry, address, workers, 0)
     else:
         # keyed by process: threads do not survive a fork
         pool = _pools.setdefault((os.getpid(), workers), ThreadPoolExecutor(workers, 'vim2-scan'))
@@ -1004,7 +1008,7 @@ def _geometry(t: Optional[Tensor]):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus: bool, threads: int
-          ) -> Tuple[bytes, int, int]:
+          ) -> Tuple[array, int, int]:
     """Everything but addresses: the fields, bytes of scratch, and workers.
 
     Args:
@@ -1017,13 +1021,13 @@ def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus
     parts = _backward_parts(batch, blocks) if backward else _forward_parts(batch, blocks, threads)
     workers = max(1, min(threads, batch * parts))
     size = -(-(_backward_scratch if backward else _forward_scratch)(-(-blocks // parts), states) // 4096) * 4096
-    fields = [0] * (FIELDS + 10 * len(_TENSORS))
+    fields = array('q', [0] * (FIELDS + 10 * len(geometry)))
     for at, value in (
             (JOBS, batch * parts), (DIRECTIONS, len(directions)), (DIM, dim), (STATES, states),
             (HEIGHT, height), (WIDTH, width), (GROUP_WIDTH, group_width), (GROUP_BLOCKS, group_blocks),
             (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, int(softplus)), (SCRATCH_SIZE, size)):
         fields[at // 8] = value
-    fields[ORDER // 8:ORDER // 8 + len(directions)] = directions
+    fields[ORDER // 8:ORDER // 8 + len(directions)] = array('q', directions)
     for i, (axes, known) in enumerate(zip(_TENSORS.values(), geometry)):
         if known is None:
             continue
@@ -1034,23 +1038,31 @@ def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus
             # a dimension of one element is never stepped along: that is how constants are read at every position
             fields[at + _AXES[axis] // 8] = 0 if length == 1 else stride * dtype.itemsize
     fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = groups_b, groups_c
-    return struct.pack(f'{len(fields)}q', *fields), workers * size + 64, workers
+    return fields, workers * size + 64, workers
 
 
 def _launch(name: str, tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor], directions: List[int],
             softplus: bool) -> None:
     """Run 'forward' or 'backward' on tensors in the order of _TENSORS; `saved`: the states at the chunks' borders."""
-    content, size, workers = _plan(name == 'backward', tuple([_geometry(t) for t in tensors]), tuple(directions),
-                                   softplus, torch.get_num_threads())
-    fields = (ctypes.c_int64 * (len(content) // 8)).from_buffer_copy(content)
+    plan = _plan(name == 'backward', tuple([_geometry(t) for t in tensors]), tuple(directions), softplus,
+                 torch.get_num_threads())
+    _start(name, plan, tensors, saved)
+
+
+def _start(name: str, plan: Tuple[array, int, int], tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor]
+           ) -> None:
+    fields, size, workers = plan
+    fields = fields[:]  # calls from several threads share the plan
     scratch = torch.empty(size, dtype=torch.uint8)
     fields[SCRATCH // 8] = -(-scratch.data_ptr() // 64) * 64
-    for i, t in enumerate(tensors):
+    at = FIELDS
+    for t in tensors:
         if t is not None:
-            fields[FIELDS + 10 * i] = t.data_ptr()
+            fields[at] = t.data_ptr()
+        at += 10
     if saved is not None:
         fields[SAVED // 8] = saved.data_ptr()
-    _run(name, fields, workers)
+    _run(name, fields.buffer_info()[0], workers)
 
 
 def _forward_parts(batch: int, blocks: int, threads: int) -> int:
@@ -1133,6 +1145,33 @@ def forward(
     _launch('forward', (u, delta, A, B, C, D, z, delta_bias, out, last if want_last_state else None),
             states if save_states else None, directions, delta_softplus)
     return out if out.dtype == u.dtype else torch.empty_like(u).copy_(out), last, states
+
+
+def prepared(tensors: Sequence[Optional[Tensor]], softplus: bool, directions: List[int], out: Tensor,
+             last: Optional[Tensor]) -> Callable:
+    """:func:`forward` for tensors like these, with all that depends on more than addresses worked out.
+
+    Args:
+        tensors: u to delta_bias, as for `forward`.
+        out, last: what it returned for them; last None if the function need not return it.
+
+    Returns:
+        A function that takes such tensors, in any views of the same memory, to (out, last).
+    """
+    dtype, shape, strides = _geometry(out)
+    sums = dtype if len(directions) == 1 else torch.float32
+    last_shape = None if last is None else last.shape
+    wanted = last is not None and last.numel() > 0
+    geometry = (*map(_geometry, tensors), (sums, shape, strides), _geometry(last) if wanted else None)
+    plan = _plan(False, geometry, tuple(directions), softplus, torch.get_num_threads())
+
+    def call(*given: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+        out = _fresh(torch.empty_strided(shape, strides, dtype=sums))
+        last = None if last_shape is None else torch.empty(last_shape, dtype=torch.float32)
+        _start('forward', plan, (*given, out, last if wanted else None), None)
+        return out if sums is dtype else torch.empty_strided(shape, strides, dtype=dtype).copy_(out), last
+
+    return call
 
 
 def backward(

@@ -15,6 +15,8 @@ float32 whatever the inputs' dtypes (float64 if the reference gets float64); out
 Step sizes of low rank R come as two factors, delta (B, K, R, H, W) and delta_weight (K, E, R). Their product is formed
 for the forward and again for the backward: what autograd keeps in between is R / E of it.
 """
+import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -24,6 +26,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .reference import arithmetic_dtype, scan_reference, scan_reference_backward
@@ -100,6 +103,10 @@ def _backend_module(name: str):
     return triton_scan
 
 
+def _without_autocast(device: str):
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor) -> Tensor:
     """The step sizes (B, K, E, H, W) of delta (B, K, R, H, W) and delta_weight (K, E, R), in delta's dtype.
 
@@ -109,7 +116,7 @@ def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor) -> Te
         return delta
     batch, directions, rank, height, width = delta.shape
     weight = delta_weight.to(delta.dtype)
-    with torch.autocast(delta.device.type, enabled=False):
+    with _without_autocast(delta.device.type):
         if u.stride(1) == 1:
             rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
             full = torch.bmm(rows, weight.transpose(1, 2))
@@ -121,7 +128,7 @@ def _contract_delta(grad: Tensor, delta: Tensor, delta_weight: Tensor) -> Tuple[
     """Gradients of both factors of :func:`expand_delta` from that of their product."""
     batch, directions, rank, height, width = delta.shape
     grad, weight = grad.to(delta.dtype), delta_weight.to(delta.dtype)
-    with torch.autocast(delta.device.type, enabled=False):
+    with _without_autocast(delta.device.type):
         if grad.stride(2) == 1:
             rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
             grad = grad.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, -1)
@@ -367,6 +374,72 @@ def _as_scanned(t: Tensor, batch: int) -> Tensor:
     return t.unsqueeze(1).unsqueeze(-2)
 
 
+# PyTorch's dispatcher takes half as long, there and back, as a short scan. In eager inference on a CPU, the second
+# call of a kind goes straight to the kernel, with what the first, which took that way, has checked and worked out.
+_calls = {}  # by all that tells calls apart but the tensors' addresses: functions of the tensors
+_MOST_CALLS = 1024
+_OPTIONS = frozenset([bool, str, type(None)])
+
+
+def _plain_keys() -> Tuple[frozenset, frozenset]:
+    """The dispatch keys, as numbers, of an ordinary thread and of an ordinary CPU tensor, in and out of inference mode.
+
+    A mode that sees operators (FakeTensorMode, make_fx, vmap, jit.trace, ...) adds a key to its thread. A tensor that
+    is another device's, sparse, to be negated when read, or wrapped by a transform or subclass has another key itself.
+    """
+    def number(*names: str) -> int:
+        sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+        return functools.reduce(lambda a, b: a | b, sets).raw_repr()
+
+    try:
+        torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_keys(torch.empty(0))
+        torch._C._autograd._profiler_enabled(), forward_ad._current_level
+        return (frozenset([number('BackendSelect'), number('BackendSelect', 'ADInplaceOrView')]),
+                frozenset([number('CPU', 'AutocastCPU'),
+                           number('CPU', 'AutocastCPU', 'ADInplaceOrView', 'AutogradCPU')]))
+    except (AttributeError, TypeError):  # not public: a PyTorch without them sends every call through the operator
+        return frozenset(), frozenset()
+
+
+_PLAIN_THREAD, _PLAIN_TENSOR = _plain_keys()
+
+
+def _key(tensors: Sequence[Optional[Tensor]], options: tuple) -> Optional[tuple]:
+    """The key of a call in `_calls`, or None if only the operator will do."""
+    if (torch.compiler.is_compiling() or not _PLAIN_THREAD or _needs_grad(tensors)
+            or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREAD
+            or torch._C._autograd._profiler_enabled() or forward_ad._current_level >= 0
+            or not _OPTIONS.issuperset(map(type, options))):
+        return None
+    key = [options, os.environ.get(BACKEND_ENV), torch.get_num_threads()]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        elif isinstance(t, Tensor) and torch._C._dispatch_keys(t).raw_repr() in _PLAIN_TENSOR:
+            key += t.dtype, t.shape, t.stride()
+        else:
+            return None
+    return tuple(key)
+
+
+@torch.jit.ignore
+def _remember(key: Optional[tuple], tensors: Sequence[Optional[Tensor]], delta_weight: Optional[Tensor], softplus: bool,
+              directions: List[int], backend: str, out: Tensor, last: Optional[Tensor]) -> None:
+    """Keep what the next call of this kind needs, if the CPU backend ran this one.
+
+    Args:
+        key: the call's; None: the next one takes the same way.
+        tensors: the operator's, u to delta_bias.
+        out, last: its results.
+    """
+    if key is not None and _resolve(backend, _present(*tensors)) == 'cpu':
+        u, delta, *others = tensors
+        tensors = (u, expand_delta(delta, delta_weight, u), *others)
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        _calls[key] = _backend_module('cpu').prepared(tensors, softplus, directions, out, last)
+
+
 # TorchScript compiles no keyword-only arguments: the layers call `sequence_scan` and `map_scan`, the public functions
 # are these with the signature that people expect.
 
@@ -387,18 +460,29 @@ def sequence_scan(
 ) -> Tuple[Tensor, Tensor]:
     """:func:`selective_scan`, scriptable; returns (out, last state), the latter empty unless asked for."""
     if not torch.jit.is_scripting():
-        tensors = (u, delta, A, B, C, D, z, delta_bias)
-        if has_torch_function((*tensors, delta_weight)):
-            return handle_torch_function(sequence_scan, (*tensors, delta_weight), *tensors, delta_softplus,
-                                         return_last_state, reverse, backend, delta_weight)
+        tensors = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
+        if has_torch_function(tensors):
+            return handle_torch_function(sequence_scan, tensors, *tensors[:-1], delta_softplus, return_last_state,
+                                         reverse, backend, delta_weight)
+        key = _key(tensors, (delta_softplus, return_last_state, reverse, backend))
+        call = None if key is None else _calls.get(key)
+        if call is not None:
+            if delta_weight is not None:
+                delta = expand_delta(delta.unsqueeze(1).unsqueeze(3), delta_weight.unsqueeze(0), u)
+            out, last = call(u, delta, A, B, C, D, z, delta_bias)
+            return out.squeeze(2), last.squeeze(1) if return_last_state else last
         _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
-    batch = u.shape[0]
+    batch, directions = u.shape[0], [2 if reverse else 0]
+    scanned = (u.unsqueeze(2), delta.unsqueeze(1).unsqueeze(3), A.unsqueeze(0), _as_scanned(B, batch),
+               _as_scanned(C, batch), None if D is None else D.unsqueeze(0), None if z is None else z.unsqueeze(2),
+               None if delta_bias is None else delta_bias.unsqueeze(0))
+    weight = None if delta_weight is None else delta_weight.unsqueeze(0)
+    backend = 'auto' if backend is None else backend
     out, last, _ = torch.ops.vim2.scan(
-        u.unsqueeze(2), delta.unsqueeze(1).unsqueeze(3), A.unsqueeze(0), _as_scanned(B, batch), _as_scanned(C, batch),
-        None if D is None else D.unsqueeze(0), None if z is None else z.unsqueeze(2),
-        None if delta_bias is None else delta_bias.unsqueeze(0), delta_softplus, [2 if reverse else 0],
-        return_last_state, _needs_grad([u, delta, A, B, C, D, z, delta_bias, delta_weight]),
-        'auto' if backend is None else backend, None if delta_weight is None else delta_weight.unsqueeze(0))
+        *scanned, delta_softplus, directions, return_last_state,
+        _needs_grad([u, delta, A, B, C, D, z, delta_bias, delta_weight]), backend, weight)
+    if not torch.jit.is_scripting():
+        _remember(key, scanned, weight, delta_softplus, directions, backend, out, last)
     return out.squeeze(2), last.squeeze(1) if return_last_state else last
 
 
@@ -416,16 +500,22 @@ def map_scan(
 ) -> Tensor:
     """:func:`cross_selective_scan`, scriptable."""
     if not torch.jit.is_scripting():
-        tensors = (x, delta, A, B, C, D, delta_bias)
-        if has_torch_function((*tensors, delta_weight)):
-            return handle_torch_function(map_scan, (*tensors, delta_weight), *tensors, delta_softplus, backend,
-                                         delta_weight)
+        tensors = (x, delta, A, B, C, D, delta_bias, delta_weight)
+        if has_torch_function(tensors):
+            return handle_torch_function(map_scan, tensors, *tensors[:-1], delta_softplus, backend, delta_weight)
+        key = _key(tensors, (delta_softplus, backend))
+        call = None if key is None else _calls.get(key)
+        if call is not None:
+            return call(x, expand_delta(delta, delta_weight, x), A, B, C, D, None, delta_bias)[0]
         _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
-    directions = [0, 1, 2, 3]
+    scanned = (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias)
+    directions = [0, 1, 2, 3][:A.shape[0]]
+    backend = 'auto' if backend is None else backend
     out, _, _ = torch.ops.vim2.scan(
-        x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias, delta_softplus, directions[:A.shape[0]],
-        False, _needs_grad([x, delta, A, B, C, D, delta_bias, delta_weight]), 'auto' if backend is None else backend,
-        delta_weight)
+        *scanned, delta_softplus, directions, False,
+        _needs_grad([x, delta, A, B, C, D, delta_bias, delta_weight]), backend, delta_weight)
+    if not torch.jit.is_scripting():
+        _remember(key, scanned, delta_weight, delta_softplus, directions, backend, out, None)
     return out
 
 
