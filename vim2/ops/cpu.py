@@ -29,7 +29,8 @@ from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
     F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, prefetch_far,
-    store_as, store_f32, store_i64, transpose4, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma, vfold4,
+    store_as, store_f32, store_i64, transpose4, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma,
+    vfold4,
     vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
@@ -306,8 +307,8 @@ def _step_input(first, keep, d, at_u, skip, at_sum, dtu, y):
 
 
 @_jit
-def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, rows_c, view_c, decay, h, dtu, y, target,
-                   view_target):
+def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, rows_c, view_c, decay, h, dtu, y,
+                   target, view_target):
     """The recurrence of one chunk and block: updates the states h (N, 16); y = D u + <C, h> (steps, 16).
 
     To y are added the sums at `sums`, and the last sum is stored at `target`, if these are addresses, else in y.
@@ -557,9 +558,9 @@ def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_
 
 
 @_jit
-def _finish_backward(steps, softplus, at_u, view_u, at_g, view_g, skip, dt, slope, g_dtu, g_dt, sum_bias, to_gu, view_gu,
-                     accumulate, to_gdelta, view_gdelta):
-    """Gradients of u, stored or added to what is there, and of delta, from those of dt u and dt; adds to delta_bias's."""
+def _finish_backward(steps, softplus, at_u, view_u, at_g, view_g, skip, dt, slope, g_dtu, g_dt, sum_bias, to_gu,
+                     view_gu, accumulate, to_gdelta, view_gdelta):
+    """Gradients of u (stored, or added to what is there) and delta from those of dt u and dt; adds to delta_bias's."""
     d, total = vload(skip), vload(sum_bias)
     for t in range(steps):
         o = VBYTES * t
@@ -599,11 +600,13 @@ def _sum_vectors(states):
 
 
 @_jit
-def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c, decay, h,
+def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c, decay,
+                    h,
                     carry, g_a, acc_b, acc_c, keep):
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
-    Adds to y, to g_dtu (gradient of dt u) and g_dt (gradient of dt through the decay), which state 0 starts, to g_a, acc_b and acc_c (gradients of B
+    Adds to y, to g_dtu (gradient of dt u) and g_dt (gradient of dt through the decay), which state 0 starts, to g_a,
+    acc_b and acc_c (gradients of B
     and C, not yet summed over the lanes: see `_sum_vectors`); `carry` holds the adjoint that crosses chunks. `keep` is
     scratch for (steps, 2 * count) vectors: the state before each step and its decay.
     """
@@ -870,8 +873,8 @@ def _backward(p, worker):
                         _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
                         _prefetch_rows(first_g, then + table_out, start, stop, last - first)
                     _prepare_backward(
-                        steps, softplus, at_u, view_u, at_dt, view_dt, at_gy, view_gy, bias + VBYTES * j, tile_dt, tile_x,
-                        tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,
+                        steps, softplus, at_u, view_u, at_dt, view_dt, at_gy, view_gy, bias + VBYTES * j, tile_dt,
+                        tile_x, tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,
                         ahead_g, off_out + moves, ahead_gu, off_gu + moves, ahead_gdt, off_gdelta + moves)
                     saved = load_i64(p + SAVED) + VBYTES * states * (
                         ((image * directions + k) * chunks + chunk) * blocks + block)
@@ -879,8 +882,8 @@ def _backward(p, worker):
                     while n < states:
                         count = 4 if n + 4 <= states else 1
                         _steps_backward(
-                            steps, states, n, count, tile_dt, tile_x, y, at_gy, view_gy, tile_gx, tile_gdt, at_b, view_b,
-                            at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
+                            steps, states, n, count, tile_dt, tile_x, y, at_gy, view_gy, tile_gx, tile_gdt, at_b,
+                            view_b, at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
                             sum_a + VBYTES * j * states, acc_b, acc_c, keep)
                         n += count
                     direct = lanes == LANES and _in_place(g_u) and _in_place(g_delta)
