@@ -29,9 +29,8 @@ from . import simd
 from .scan import CHUNK, channel_blocks, states_shape
 from .simd import (
     F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, prefetch_far,
-    store_as, store_f32, store_i64, transpose4, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive, vfma,
-    vfold4,
-    vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
+    store_as, store_f32, store_i64, transpose4, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive,
+    vfma, vfold4, vload, vload_as, vlog1p, vmax, vmul, vselect_negative, vset, vstore, vstore_as, vsub, vsum,
 )
 
 LOG2E = np.float32(1.4426950408889634)
@@ -600,9 +599,8 @@ def _sum_vectors(states):
 
 
 @_jit
-def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c, decay,
-                    h,
-                    carry, g_a, acc_b, acc_c, keep):
+def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c,
+                    decay, h, carry, g_a, acc_b, acc_c, keep):
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
     Adds to y, to g_dtu (gradient of dt u) and g_dt (gradient of dt through the decay), which state 0 starts, to g_a,
@@ -883,8 +881,8 @@ def _backward(p, worker):
                         count = 4 if n + 4 <= states else 1
                         _steps_backward(
                             steps, states, n, count, tile_dt, tile_x, y, at_gy, view_gy, tile_gx, tile_gdt, at_b,
-                            view_b, at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n, carry + VBYTES * j * states,
-                            sum_a + VBYTES * j * states, acc_b, acc_c, keep)
+                            view_b, at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n,
+                            carry + VBYTES * j * states, sum_a + VBYTES * j * states, acc_b, acc_c, keep)
                         n += count
                     direct = lanes == LANES and _in_place(g_u) and _in_place(g_delta)
                     _finish_backward(
