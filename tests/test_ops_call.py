@@ -16,8 +16,6 @@ from vim2.ops import cross_selective_scan, selective_scan
 from vim2.ops import scan as scan_module
 from vim2.ops.scan import map_scan, sequence_scan
 
-pytest.importorskip('numba')
-
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):

@@ -38,7 +38,7 @@ LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
-FAR = 4 << 20  # bytes of an image's maps (u, delta of one direction, out) from which on they are fetched row by row
+FAR = 4 << 20  # bytes of an image's maps in one direction from which on they are fetched a chunk ahead, row by row
 FORWARD_OFFSETS, BACKWARD_OFFSETS = 6 * OFFSETS, 11 * OFFSETS  # those of 6 and 11 tensors
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
@@ -87,10 +87,10 @@ def _offsets(tensor, direction, outer, i, inner, steps, offsets):
     Then, one int64 more, how they follow one another: 1 or -1 if every step moves by one float32 up or down in memory,
     else 0.
     """
-    down, left = load_i64(tensor + STRIDE_H), load_i64(tensor + STRIDE_W)
-    along, across = (down, left) if direction & 1 else (left, down)
+    down, right = load_i64(tensor + STRIDE_H), load_i64(tensor + STRIDE_W)
+    along, across = (down, right) if direction & 1 else (right, down)
     offset = outer * across + i * along
-    left = inner - i
+    left = inner - i  # positions in this row (column)
     if direction >= 2:
         along, across, left = -along, -across, i + 1
     jump = across - inner * along  # from where a row's next position would be to the next row
@@ -387,6 +387,7 @@ def _forward_offsets(p, direction, start, steps, at):
 
 @_jit
 def _prefetch_rows(origin, offsets, start, stop, lines):
+    """Ask for `lines` cache lines, up to three more, at each of the positions start to stop."""
     for t in range(start, stop):
         row = origin + load_i64(offsets + 8 * t)
         for line in range(0, VBYTES * lines, 4 * VBYTES):  # by four: the loop would cost more than what it does
@@ -456,13 +457,9 @@ def _forward(p, worker):
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
                 ahead = min(CHUNK, length - (chunk + 1) * CHUNK)
                 share = (ahead + last - first - 1) // (last - first)
-                group = first // per_group
-                i = (first - group * per_group) * LANES - LANES
                 for block in range(first, last):
-                    i += LANES
-                    if i >= width:
-                        group += 1
-                        i = 0
+                    group = block // per_group
+                    i = (block - group * per_group) * LANES
                     lanes = min(LANES, width - i)
                     channel = group * width + i
                     state = h + VBYTES * (block - first) * states

@@ -116,7 +116,7 @@ def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor) -> Te
         return delta
     batch, directions, rank, height, width = delta.shape
     weight = delta_weight.to(delta.dtype)
-    with _without_autocast(delta.device.type):
+    with _without_autocast(u.device.type):
         if u.stride(1) == 1:
             rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
             full = torch.bmm(rows, weight.transpose(1, 2))
@@ -374,10 +374,9 @@ def _as_scanned(t: Tensor, batch: int) -> Tensor:
     return t.unsqueeze(1).unsqueeze(-2)
 
 
-# PyTorch's dispatcher takes half as long, there and back, as a short scan. In eager inference on a CPU, the third call
-# of a kind goes straight to the kernel, with what the ones before, which took that way, have checked and worked out:
-# not the second, since where image sizes vary most kinds come once and the work would be for nothing.
-_calls = {}  # by all that tells calls apart but the tensors' addresses: functions of the tensors; None: seen once
+# PyTorch's dispatcher takes half as long, there and back, as a short scan. In eager inference on a CPU, the second
+# call of a kind goes straight to the kernel, with what the first, which took that way, has checked and worked out.
+_calls = {}  # by all that tells calls apart but the tensors' addresses: functions of the tensors
 _MOST_CALLS = 1024
 _OPTIONS = frozenset([bool, str, type(None)])
 
@@ -426,23 +425,20 @@ def _key(tensors: Sequence[Optional[Tensor]], options: tuple) -> Optional[tuple]
 @torch.jit.ignore
 def _remember(key: Optional[tuple], tensors: Sequence[Optional[Tensor]], delta_weight: Optional[Tensor], softplus: bool,
               directions: List[int], backend: str, out: Tensor, last: Optional[Tensor]) -> None:
-    """Keep what the next call of this kind needs, if this is not the first and the CPU backend ran it.
+    """Keep what the next call of this kind needs, if the CPU backend ran this one.
 
     Args:
         key: the call's; None: the next one takes the same way.
         tensors: the operator's, u to delta_bias.
         out, last: its results.
     """
-    if key is None or _resolve(backend, _present(*tensors)) != 'cpu':
-        return
-    if key not in _calls:
+    if key is not None and _resolve(backend, _present(*tensors)) == 'cpu':
+        u, delta, *others = tensors
+        if delta_weight is not None:  # its geometry is all that is asked for: the product is not formed again
+            delta = expand_delta(delta.to('meta'), delta_weight.to('meta'), u)
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
-        _calls[key] = None
-    else:
-        u, delta, *others = tensors
-        tensors = (u, expand_delta(delta, delta_weight, u), *others)
-        _calls[key] = _backend_module('cpu').prepared(tensors, softplus, directions, out, last)
+        _calls[key] = _backend_module('cpu').prepared((u, delta, *others), softplus, directions, out, last)
 
 
 # TorchScript compiles no keyword-only arguments: the layers call `sequence_scan` and `map_scan`, the public functions
