@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 
 import _common as common
 from _common import UserError
@@ -93,7 +94,12 @@ def execute(action: Callable[[], Any]) -> Any:
     before = os.environ.get(force)
     os.environ[force] = '1'
     try:
-        return action()
+        result = action()
+        if dist.is_available() and dist.is_initialized():
+            # mmengine leaves it to the exit, where a process whose peer is gone first now and then aborts
+            dist.barrier()
+            dist.destroy_process_group()
+        return result
     except Exception as e:  # mmengine re-raises what a class raises, as many types
         cause = _first(e)
         if isinstance(cause, FileNotFoundError):
