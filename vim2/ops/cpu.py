@@ -38,7 +38,6 @@ LN2 = np.float32(0.6931471805599453)
 ZERO, ONE = np.float32(0), np.float32(1)
 TILE = CHUNK * VBYTES  # bytes of a tile of one chunk by 16 channels
 OFFSETS = 8 * (CHUNK + 8)  # bytes of a chunk's offsets and what is noted behind them
-FAR = 4 << 20  # bytes of an image's maps in one direction from which on they are fetched a chunk ahead, row by row
 FORWARD_OFFSETS, BACKWARD_OFFSETS = 6 * OFFSETS, 11 * OFFSETS  # those of 6 and 11 tensors
 
 # The kernels take one address: int64 fields, then one descriptor per tensor (address, dtype code, byte strides).
@@ -267,19 +266,76 @@ def _silu_tile(tile, steps, slope):
         vstore(tile + VBYTES * t, vmul(x, gate))
 
 
+# What is fetched ahead: per stream (a tensor that is read or written position by position) the line of the next block
+# at each step, into the first cache, and all lines of the next chunk, row by row, into the second one. Eight int64 say
+# where: of the next block and of the next chunk's first one, the address less a step's offset, and the offsets' table.
+NEAR, NEAR_OFFSETS, NEXT, NEXT_OFFSETS = 0, 8, 16, 24
+STREAM = 32
+ROW, LINE, ROW_BYTES = (5 * STREAM + 8 * i for i in range(3))  # behind the streams, 5 at most: where the next chunk's
+AHEAD = 5 * STREAM + 24                                        # lines are: bytes in its tables and in a row
+
+
+@njit(inline='always')
+def _look_ahead(ahead, stream, more, near, near_offsets, then, then_offsets):
+    """Note where a stream goes on: in the next block if there are `more`, and in the next chunk."""
+    at = ahead + STREAM * stream
+    store_i64(at + NEAR, near if more else then)
+    store_i64(at + NEAR_OFFSETS, near_offsets if more else then_offsets)
+    store_i64(at + NEXT, then)
+    store_i64(at + NEXT_OFFSETS, then_offsets)
+
+
+@njit(inline='always')
+def _share_rows(ahead, block, blocks):
+    """Note which lines of the next chunk a block fetches, one a step: its share of them, in their order in memory."""
+    first = block * CHUNK
+    row = first // blocks
+    store_i64(ahead + ROW, 8 * row)
+    store_i64(ahead + LINE, VBYTES * (first - row * blocks))
+    store_i64(ahead + ROW_BYTES, VBYTES * blocks)
+
+
+@njit(inline='always')
+def _near(ahead, stream):
+    return load_i64(ahead + STREAM * stream + NEAR), load_i64(ahead + STREAM * stream + NEAR_OFFSETS)
+
+
+@njit(inline='always')
+def _next(ahead, stream):
+    return load_i64(ahead + STREAM * stream + NEXT), load_i64(ahead + STREAM * stream + NEXT_OFFSETS)
+
+
+@njit(inline='always')
+def _fetch_near(stream, o):
+    prefetch(stream[0] + load_i64(stream[1] + o))
+
+
+@njit(inline='always')
+def _fetch_next(stream, row, line):
+    prefetch_far(stream[0] + load_i64(stream[1] + row) + line)
+
+
+@njit(inline='always')
+def _advance(row, line, row_bytes):
+    line += VBYTES
+    over = line == row_bytes
+    return row + 8 if over else row, 0 if over else line
+
+
 @_jit
-def _step_sizes(steps, softplus, at, view, bias, dt, ahead_u, next_u, ahead_dt, next_dt, ahead_out, next_out):
-    """Step sizes of one chunk and block, into a tile; fetches what comes next.
+def _step_sizes(steps, softplus, at, view, bias, dt, ahead):
+    """Step sizes of one chunk and block, into a tile; fetches the next block's lines of three streams.
 
     Softplus is a long chain of operations: its exponential is taken a step ahead, which makes two shorter ones.
     """
     b = vload(bias)
     x = vadd(vload(at + load_i64(view)), b)
     e = _decay_of(x)
+    near_u, near_dt, near_out = _near(ahead, 0), _near(ahead, 1), _near(ahead, 2)
     for o in range(0, 8 * steps, 8):
-        prefetch(ahead_u + load_i64(next_u + o))
-        prefetch(ahead_dt + load_i64(next_dt + o))
-        prefetch(ahead_out + load_i64(next_out + o))
+        _fetch_near(near_u, o)
+        _fetch_near(near_dt, o)
+        _fetch_near(near_out, o)
         following = vadd(vload(at + load_i64(view + min(o + 8, 8 * steps - 8))), b)
         if softplus:
             then = _decay_of(following)
@@ -307,12 +363,16 @@ def _step_input(first, keep, d, at_u, skip, at_sum, dtu, y):
 
 @_jit
 def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, rows_c, view_c, decay, h, dtu, y,
-                   target, view_target):
+                   target, view_target, ahead):
     """The recurrence of one chunk and block: updates the states h (N, 16); y = D u + <C, h> (steps, 16).
 
     To y are added the sums at `sums`, and the last sum is stored at `target`, if these are addresses, else in y.
+    Fetches one line of the next chunk per step and stream: the recurrence hardly uses the memory, and many such
+    requests at once would wait for each other.
     """
     n = 0
+    next_u, next_dt, next_out = _next(ahead, 0), _next(ahead, 1), _next(ahead, 2)
+    row, line, row_bytes = load_i64(ahead + ROW), load_i64(ahead + LINE), load_i64(ahead + ROW_BYTES)
     skip = vload(skip)
     while n + 4 <= states:
         o = VBYTES * n
@@ -326,6 +386,11 @@ def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, 
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             x, s = _step_input(n == 0, states > 4, d, at_u + load_i64(view_u + 8 * t), skip, sums + to if sums else 0,
                                dtu + VBYTES * t, y + VBYTES * t)
+            if n == 0:
+                _fetch_next(next_u, row, line)
+                _fetch_next(next_dt, row, line)
+                _fetch_next(next_out, row, line)
+                row, line = _advance(row, line, row_bytes)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(b)))
             h1 = vfma(vexp2(vmul(d, a1)), h1, vmul(x, vbroadcast(b + 4)))
             h2 = vfma(vexp2(vmul(d, a2)), h2, vmul(x, vbroadcast(b + 8)))
@@ -345,6 +410,11 @@ def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, 
             d, to = vload(dt + VBYTES * t), load_i64(view_target + 8 * t)
             x, s = _step_input(n == 0, states > 1, d, at_u + load_i64(view_u + 8 * t), skip, sums + to if sums else 0,
                                dtu + VBYTES * t, y + VBYTES * t)
+            if n == 0:
+                _fetch_next(next_u, row, line)
+                _fetch_next(next_dt, row, line)
+                _fetch_next(next_out, row, line)
+                row, line = _advance(row, line, row_bytes)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + load_i64(view_b + 8 * t) + 4 * n)))
             s = vfma(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n), s)
             vstore(target + to if direct else y + VBYTES * t, s)
@@ -372,6 +442,13 @@ def _own_offsets(tensor, other, direction, outer, i, inner, steps, offsets):
         _offsets(tensor, direction, outer, i, inner, steps, offsets)
 
 
+@njit(inline='always')
+def _chunks(length):
+    """Into how many chunks a scan is cut, and the steps of each but the last: equal as far as may be."""
+    chunks = (length + CHUNK - 1) // CHUNK
+    return chunks, (length + chunks - 1) // chunks
+
+
 @_jit
 def _forward_offsets(p, direction, start, steps, at):
     """Offsets of u, delta, B, and those of out, C and z that have others, in a chunk: a table each, from `at`."""
@@ -386,25 +463,13 @@ def _forward_offsets(p, direction, start, steps, at):
 
 
 @_jit
-def _prefetch_rows(origin, offsets, start, stop, lines):
-    """Ask for `lines` cache lines, up to three more, at each of the positions start to stop."""
-    for t in range(start, stop):
-        row = origin + load_i64(offsets + 8 * t)
-        for line in range(0, VBYTES * lines, 4 * VBYTES):  # by four: the loop would cost more than what it does
-            prefetch_far(row + line)
-            prefetch_far(row + line + VBYTES)
-            prefetch_far(row + line + 2 * VBYTES)
-            prefetch_far(row + line + 3 * VBYTES)
-
-
-@_jit
 def _forward(p, worker):
     jobs, parts, blocks = load_i64(p + JOBS), load_i64(p + PARTS), load_i64(p + BLOCKS)
     directions, states = load_i64(p + DIRECTIONS), load_i64(p + STATES)
     width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
     dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
     groups = dim // width
-    chunks = (length + CHUNK - 1) // CHUNK
+    chunks, most = _chunks(length)
     u, delta, b_, c_, z, out = p + U, p + DELTA, p + B_, p + C_, p + Z, p + OUT
     per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
     part_blocks = (blocks + parts - 1) // parts
@@ -421,14 +486,15 @@ def _forward(p, worker):
     decay = h + VBYTES * part_blocks * states
     skip = decay + VBYTES * part_blocks * states
     bias = skip + VBYTES * part_blocks
+    ahead = bias + VBYTES * part_blocks
 
     softplus = load_i64(p + SOFTPLUS)
-    # What the next chunk reads is fetched ahead where the second cache does not hold it from the directions before.
-    streams = _in_place(u) and _in_place(delta) and _in_place(out) and 12 * dim * length > FAR
+    streams = _in_place(u) and _in_place(delta) and _in_place(out)
     table_out, table_c = _table(out, u, 3 * OFFSETS, 0), _table(c_, b_, 4 * OFFSETS, 2 * OFFSETS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
         store_i64(identity_rows + 8 * t, 4 * states * t)
+    _forward_offsets(p, load_i64(p + ORDER), 0, min(most, length), now)
     while True:
         job = fetch_add(p + NEXT_JOB)
         if job >= jobs:
@@ -442,21 +508,31 @@ def _forward(p, worker):
             _load_weights(p + D_, k, first, last, per_group, width, 1, ONE, skip)
             _load_weights(p + BIAS, k, first, last, per_group, width, 1, ONE, bias)
             _fill(h, (last - first) * states)
-            channel = first // per_group * width + first % per_group * LANES
-            first_u, first_delta = _origin(u, image, 0, 0, channel), _origin(delta, image, k, 0, channel)
-            first_out = _origin(out, image, 0, 0, channel)
-            _forward_offsets(p, direction, 0, min(CHUNK, length), now)
             for chunk in range(chunks):
-                steps = min(CHUNK, length - chunk * CHUNK)
-                if chunk + 1 < chunks:
-                    _forward_offsets(p, direction, (chunk + 1) * CHUNK, min(CHUNK, length - (chunk + 1) * CHUNK), then)
+                steps = min(most, length - chunk * most)
+                # What follows: the next chunk, the next direction's first one, or that of what is the next job by now.
+                next_chunk, next_k, next_image, next_first = chunk + 1, k, image, first
+                if next_chunk == chunks:
+                    next_chunk, next_k = 0, k + 1
+                    if next_k == directions:
+                        next_k = 0
+                        next_job = min(load_i64(p + NEXT_JOB), jobs - 1)
+                        next_image = next_job // parts
+                        next_first = (next_job - next_image * parts) * part_blocks
+                _forward_offsets(p, load_i64(p + ORDER + 8 * next_k), next_chunk * most,
+                                 min(most, length - next_chunk * most), then)
+                channel = next_first // per_group * width + next_first % per_group * LANES
+                next_u, next_delta = _origin(u, next_image, 0, 0, channel), _origin(delta, next_image, next_k, 0, channel)
+                next_out = _origin(out, next_image, 0, 0, channel)
+                next_off_u, next_off_delta, next_off_out = then, then + OFFSETS, then + table_out
+                if not streams:  # lines that are there already
+                    next_u, next_delta, next_out = tile_u, tile_u, tile_u
+                    next_off_u, next_off_delta, next_off_out = identity, identity, identity
                 off_u, off_delta, off_b, off_z = now, now + OFFSETS, now + 2 * OFFSETS, now + 5 * OFFSETS
                 off_out = now + table_out
                 off_c = now + table_c
                 loaded = -1
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
-                ahead = min(CHUNK, length - (chunk + 1) * CHUNK)
-                share = (ahead + last - first - 1) // (last - first)
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
@@ -481,24 +557,17 @@ def _forward(p, worker):
                     origin = _origin(out, image, 0, 0, channel)
                     gate = load_i64(z) != 0 and k == directions - 1
                     direct = lanes == LANES and _in_place(out)
-                    # the next block's line of each step, or the next chunk's first one's
-                    ahead_u, ahead_dt, ahead_out, moves = at_u + VBYTES, at_dt + VBYTES, origin + VBYTES, 0
-                    if block + 1 == last:
-                        ahead_u, ahead_dt, ahead_out, moves = first_u, first_delta, first_out, then - now
-                    if streams and chunk + 1 < chunks:
-                        # This block's share of the next chunk, row by row: a pattern that the processor takes over.
-                        start = min((block - first) * share, ahead)
-                        stop = min(start + share, ahead)
-                        _prefetch_rows(first_u, then, start, stop, last - first)
-                        _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
-                        _prefetch_rows(first_out, then + table_out, start, stop, last - first)
-                    _step_sizes(steps, softplus, at_dt, view_dt, bias + VBYTES * (block - first), tile_dt,
-                                ahead_u, off_u + moves, ahead_dt, off_delta + moves, ahead_out, off_out + moves)
+                    more = block + 1 < last
+                    _look_ahead(ahead, 0, more, at_u + VBYTES, off_u, next_u, next_off_u)
+                    _look_ahead(ahead, 1, more, at_dt + VBYTES, off_delta, next_delta, next_off_delta)
+                    _look_ahead(ahead, 2, more, origin + VBYTES, off_out, next_out, next_off_out)
+                    _share_rows(ahead, block - first, last - first)
+                    _step_sizes(steps, softplus, at_dt, view_dt, bias + VBYTES * (block - first), tile_dt, ahead)
                     # the sum over directions so far is in the output itself
                     _steps_forward(steps, states, tile_dt, at_u, view_u, skip + VBYTES * (block - first),
                                    origin if direct and k > 0 else 0, at_b, view_b, at_c, view_c,
                                    decay + VBYTES * (block - first) * states, state, tile_x, tile_y,
-                                   origin if direct and not gate else 0, off_out)
+                                   origin if direct and not gate else 0, off_out, ahead)
                     if gate:
                         if k > 0 and not direct:
                             _load_tile(out, origin, off_out, steps, lanes, tile_u)
@@ -526,18 +595,20 @@ def _forward(p, worker):
 
 @_jit
 def _prepare_backward(steps, softplus, at_u, view_u, at_dt, view_dt, at_g, view_g, bias, dt, dtu, slope, sum_d,
-                      ahead_u, next_u, ahead_dt, next_dt, ahead_g, next_g, ahead_gu, next_gu, ahead_gdt, next_gdt):
+                      ahead):
     """Step sizes, times inputs, and their slope, into tiles; adds to the gradient of D. As `_step_sizes`."""
+    near_u, near_dt, near_g = _near(ahead, 0), _near(ahead, 1), _near(ahead, 2)
+    near_gu, near_gdt = _near(ahead, 3), _near(ahead, 4)
     b, total, zero, one = vload(bias), vload(sum_d), vset(ZERO), vset(ONE)
     step = vadd(vload(at_dt + load_i64(view_dt)), b)
     e = _decay_of(step)
     for t in range(steps):
         o = 8 * t
-        prefetch(ahead_u + load_i64(next_u + o))
-        prefetch(ahead_dt + load_i64(next_dt + o))
-        prefetch(ahead_g + load_i64(next_g + o))
-        prefetch(ahead_gu + load_i64(next_gu + o))
-        prefetch(ahead_gdt + load_i64(next_gdt + o))
+        _fetch_near(near_u, o)
+        _fetch_near(near_dt, o)
+        _fetch_near(near_g, o)
+        _fetch_near(near_gu, o)
+        _fetch_near(near_gdt, o)
         following = vadd(vload(at_dt + load_i64(view_dt + 8 * min(t + 1, steps - 1))), b)
         x, g = vload(at_u + load_i64(view_u + o)), vload(at_g + load_i64(view_g + o))
         if softplus:
@@ -597,14 +668,19 @@ def _sum_vectors(states):
 
 @_jit
 def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_dt, rows_b, view_b, rows_c, view_c,
-                    decay, h, carry, g_a, acc_b, acc_c, keep):
+                    decay, h, carry, g_a, acc_b, acc_c, keep, ahead):
     """Recompute `count` (4 or 1) states of one chunk and block from its start, then run their adjoints back.
 
     Adds to y, to g_dtu (gradient of dt u) and g_dt (gradient of dt through the decay), which state 0 starts, to g_a,
     acc_b and acc_c (gradients of B
     and C, not yet summed over the lanes: see `_sum_vectors`); `carry` holds the adjoint that crosses chunks. `keep` is
-    scratch for (steps, 2 * count) vectors: the state before each step and its decay.
+    scratch for (steps, 2 * count) vectors: the state before each step and its decay. As `_steps_forward`, state 0
+    fetches lines of the next chunk: those that are read on the way there, those that are written on the way back.
     """
+    next_u, next_dt, next_g = _next(ahead, 0), _next(ahead, 1), _next(ahead, 2)
+    next_gu, next_gdt = _next(ahead, 3), _next(ahead, 4)
+    row, line, row_bytes = load_i64(ahead + ROW), load_i64(ahead + LINE), load_i64(ahead + ROW_BYTES)
+    back_row, back_line = row, line
     slots = _sum_vectors(states)
     o = VBYTES * n
     ln2 = vset(LN2)
@@ -616,6 +692,11 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_d
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
+            if n == 0:
+                _fetch_next(next_u, row, line)
+                _fetch_next(next_dt, row, line)
+                _fetch_next(next_g, row, line)
+                row, line = _advance(row, line, row_bytes)
             k = keep + 8 * VBYTES * t
             vstore(k, h0)
             vstore(k + VBYTES, h1)
@@ -642,6 +723,10 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_d
         for t in range(steps - 1, -1, -1):
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + load_i64(view_gy + 8 * t))
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
+            if n == 0:
+                _fetch_next(next_gu, back_row, back_line)
+                _fetch_next(next_gdt, back_row, back_line)
+                back_row, back_line = _advance(back_row, back_line, row_bytes)
             k, at = keep + 8 * VBYTES * t, VBYTES * (slots * t + n // 4)
             e = k + 4 * VBYTES
             sx, sd = (vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)) if n else (vset(ZERO), vset(ZERO))
@@ -667,6 +752,11 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_d
         a0, h0 = vload(decay + o), vload(h)
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
+            if n == 0:
+                _fetch_next(next_u, row, line)
+                _fetch_next(next_dt, row, line)
+                _fetch_next(next_g, row, line)
+                row, line = _advance(row, line, row_bytes)
             k = keep + 2 * VBYTES * t
             vstore(k, h0)
             e0 = vexp2(vmul(d, a0))
@@ -680,6 +770,10 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_d
         for t in range(steps - 1, -1, -1):
             d, x, g = vload(dt + VBYTES * t), vload(dtu + VBYTES * t), vload(gy + load_i64(view_gy + 8 * t))
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
+            if n == 0:
+                _fetch_next(next_gu, back_row, back_line)
+                _fetch_next(next_gdt, back_row, back_line)
+                back_row, back_line = _advance(back_row, back_line, row_bytes)
             k, at = keep + 2 * VBYTES * t, VBYTES * (slots * t + states // 4 + n % 4)
             sx, sd = (vload(g_dtu + VBYTES * t), vload(g_dt + VBYTES * t)) if n else (vset(ZERO), vset(ZERO))
             h0, g0, s0, sx, sd, b0, c0 = _adjoint(k, k + VBYTES, b, c, a0, d, x, g, h0, g0, s0, sx, sd)
@@ -739,7 +833,7 @@ def _backward(p, worker):
     width, per_group = load_i64(p + GROUP_WIDTH), load_i64(p + GROUP_BLOCKS)
     dim, length = load_i64(p + DIM), load_i64(p + HEIGHT) * load_i64(p + WIDTH)
     groups = dim // width
-    chunks = (length + CHUNK - 1) // CHUNK
+    chunks, most = _chunks(length)
     u, delta, b_, c_, z = p + U, p + DELTA, p + B_, p + C_, p + Z
     g_out, g_u, g_delta, g_z, g_b, g_c = p + G_OUT, p + G_U, p + G_DELTA, p + G_Z, p + G_B, p + G_C
     per_b, per_c = groups // load_i64(b_ + STRIDE_PART), groups // load_i64(c_ + STRIDE_PART)
@@ -765,17 +859,18 @@ def _backward(p, worker):
     decay = sum_a + VBYTES * part_blocks * states
     skip = decay + VBYTES * part_blocks * states
     bias = skip + VBYTES * part_blocks
+    ahead = bias + VBYTES * part_blocks
 
     _fill(acc_b, 2 * CHUNK * _sum_vectors(states))
     softplus = load_i64(p + SOFTPLUS)
-    streams = (_in_place(u) and _in_place(delta) and _in_place(g_out) and _in_place(g_u) and _in_place(g_delta)
-               and 20 * dim * length > FAR)
+    streams = _in_place(u) and _in_place(delta) and _in_place(g_out) and _in_place(g_u) and _in_place(g_delta)
     table_out, table_gu = _table(g_out, u, 3 * OFFSETS, 0), _table(g_u, u, 4 * OFFSETS, 0)
     table_gdelta, table_c = _table(g_delta, delta, 5 * OFFSETS, OFFSETS), _table(c_, b_, 6 * OFFSETS, 2 * OFFSETS)
     table_gc = _table(g_c, g_b, 8 * OFFSETS, 7 * OFFSETS)
     for t in range(CHUNK):
         store_i64(identity + 8 * t, VBYTES * t)
         store_i64(identity_rows + 8 * t, 4 * states * t)
+    _backward_offsets(p, load_i64(p + ORDER), (chunks - 1) * most, length - (chunks - 1) * most, now)
     while True:
         job = fetch_add(p + NEXT_JOB)
         if job >= jobs:
@@ -802,21 +897,34 @@ def _backward(p, worker):
                                     min(LANES, width - i), carry + VBYTES * ((block - first) * states + n))
             else:
                 _fill(carry, (last - first) * states)
-            channel = first // per_group * width + first % per_group * LANES
-            first_u, first_delta = _origin(u, image, 0, 0, channel), _origin(delta, image, k, 0, channel)
-            first_g, first_gu = _origin(g_out, image, 0, 0, channel), _origin(g_u, image, 0, 0, channel)
-            first_gdelta = _origin(g_delta, image, k, 0, channel)
-            _backward_offsets(p, direction, (chunks - 1) * CHUNK, length - (chunks - 1) * CHUNK, now)
             for chunk in range(chunks - 1, -1, -1):
-                steps = min(CHUNK, length - chunk * CHUNK)
-                if chunk > 0:
-                    _backward_offsets(p, direction, (chunk - 1) * CHUNK, CHUNK, then)
+                steps = min(most, length - chunk * most)
+                # What follows: the chunk before, the next direction's last one, or that of what is the next job by now.
+                next_chunk, next_k, next_image, next_first = chunk - 1, k, image, first
+                if next_chunk < 0:
+                    next_chunk, next_k = chunks - 1, k + 1
+                    if next_k == directions:
+                        next_k = 0
+                        next_job = min(load_i64(p + NEXT_JOB), jobs - 1)
+                        next_image = next_job // parts
+                        next_first = (next_job - next_image * parts) * part_blocks
+                _backward_offsets(p, load_i64(p + ORDER + 8 * next_k), next_chunk * most,
+                                  min(most, length - next_chunk * most), then)
+                channel = next_first // per_group * width + next_first % per_group * LANES
+                next_u, next_delta = _origin(u, next_image, 0, 0, channel), _origin(delta, next_image, next_k, 0, channel)
+                next_g, next_gu = _origin(g_out, next_image, 0, 0, channel), _origin(g_u, next_image, 0, 0, channel)
+                next_gdelta = _origin(g_delta, next_image, next_k, 0, channel)
+                next_off_u, next_off_delta, next_off_g = then, then + OFFSETS, then + table_out
+                next_off_gu, next_off_gdelta = then + table_gu, then + table_gdelta
+                if not streams:  # lines that are there already
+                    next_u, next_delta, next_g, next_gu, next_gdelta = tile_u, tile_u, tile_u, tile_u, tile_u
+                    next_off_u, next_off_delta, next_off_g = identity, identity, identity
+                    next_off_gu, next_off_gdelta = identity, identity
                 off_u, off_delta, off_b, off_c = now, now + OFFSETS, now + 2 * OFFSETS, now + table_c
                 off_out, off_gu, off_gdelta = now + table_out, now + table_gu, now + table_gdelta
                 off_gb, off_gc, off_z, off_gz = now + 7 * OFFSETS, now + table_gc, now + 9 * OFFSETS, now + 10 * OFFSETS
                 loaded = -1
                 at_b, view_b, at_c, view_c = rows_b, identity_rows, rows_c, identity_rows
-                share = (CHUNK + last - first - 1) // (last - first)
                 for block in range(first, last):
                     group = block // per_group
                     i = (block - group * per_group) * LANES
@@ -854,23 +962,16 @@ def _backward(p, worker):
                         at_gy, view_gy = tile_gy, identity
                     to_gu = _origin(g_u, image, 0, 0, channel)
                     to_gdelta = _origin(g_delta, image, k, 0, channel)
-                    # the next block's line of each step, or that of the chunk before's first one
-                    ahead_u, ahead_dt, ahead_g, moves = at_u + VBYTES, at_dt + VBYTES, at_gy + VBYTES, 0
-                    ahead_gu, ahead_gdt = to_gu + VBYTES, to_gdelta + VBYTES
-                    if block + 1 == last:
-                        ahead_u, ahead_dt, ahead_g, moves = first_u, first_delta, first_g, then - now
-                        ahead_gu, ahead_gdt = first_gu, first_gdelta
-                    if streams and chunk > 0:
-                        # This block's share of the chunk before, row by row: a pattern that the processor takes over.
-                        start = min((block - first) * share, CHUNK)
-                        stop = min(start + share, CHUNK)
-                        _prefetch_rows(first_u, then, start, stop, last - first)
-                        _prefetch_rows(first_delta, then + OFFSETS, start, stop, last - first)
-                        _prefetch_rows(first_g, then + table_out, start, stop, last - first)
+                    more = block + 1 < last
+                    _look_ahead(ahead, 0, more, at_u + VBYTES, off_u, next_u, next_off_u)
+                    _look_ahead(ahead, 1, more, at_dt + VBYTES, off_delta, next_delta, next_off_delta)
+                    _look_ahead(ahead, 2, more, at_gy + VBYTES, off_out, next_g, next_off_g)
+                    _look_ahead(ahead, 3, more, to_gu + VBYTES, off_gu, next_gu, next_off_gu)
+                    _look_ahead(ahead, 4, more, to_gdelta + VBYTES, off_gdelta, next_gdelta, next_off_gdelta)
+                    _share_rows(ahead, j, last - first)
                     _prepare_backward(
                         steps, softplus, at_u, view_u, at_dt, view_dt, at_gy, view_gy, bias + VBYTES * j, tile_dt,
-                        tile_x, tile_slope, sum_d + VBYTES * j, ahead_u, off_u + moves, ahead_dt, off_delta + moves,
-                        ahead_g, off_out + moves, ahead_gu, off_gu + moves, ahead_gdt, off_gdelta + moves)
+                        tile_x, tile_slope, sum_d + VBYTES * j, ahead)
                     saved = load_i64(p + SAVED) + VBYTES * states * (
                         ((image * directions + k) * chunks + chunk) * blocks + block)
                     n = 0
@@ -879,7 +980,8 @@ def _backward(p, worker):
                         _steps_backward(
                             steps, states, n, count, tile_dt, tile_x, y, at_gy, view_gy, tile_gx, tile_gdt, at_b,
                             view_b, at_c, view_c, decay + VBYTES * j * states, saved + VBYTES * n,
-                            carry + VBYTES * j * states, sum_a + VBYTES * j * states, acc_b, acc_c, keep)
+                            carry + VBYTES * j * states, sum_a + VBYTES * j * states, acc_b, acc_c, keep,
+                            ahead)
                         n += count
                     direct = lanes == LANES and _in_place(g_u) and _in_place(g_delta)
                     _finish_backward(
@@ -1075,13 +1177,13 @@ def _backward_parts(batch: int, blocks: int) -> int:
 
 
 def _forward_scratch(blocks: int, states: int) -> int:
-    return 2 * FORWARD_OFFSETS + 2 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states)
+    return 2 * FORWARD_OFFSETS + 2 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states) + AHEAD
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
     sums = states // 4 + states % 4  # see _sum_vectors
     return (2 * BACKWARD_OFFSETS + 2 * OFFSETS + 17 * TILE + (8 * states + 2 * VBYTES * sums) * CHUNK
-            + VBYTES * blocks * (4 + 3 * states))
+            + VBYTES * blocks * (4 + 3 * states) + AHEAD)
 
 
 _HUGE = 4 << 20  # blocks from here on often come fresh from the system; glibc recycles none of over 32 MB
