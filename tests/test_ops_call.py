@@ -191,6 +191,55 @@ def test_gradients(forbidden):
     assert torch.equal(out, expected) and out.grad_fn is not None
 
 
+@pytest.fixture
+def past(monkeypatch):
+    """The calls of the backward that went past the operator."""
+    taken, function = [], scan_module._scan_backward._init_fn
+    operator = torch.ops.vim2.scan_backward
+
+    class Counted:
+        @staticmethod
+        def _init_fn(*args):
+            taken.append(args)
+            return function(*args)
+
+    monkeypatch.setattr(scan_module, '_scan_backward', Counted)
+    assert torch.ops.vim2.scan_backward is operator
+    return taken
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_backward_operators_bits(past, case):
+    scan, inputs = CASES[case]
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    outs = [t for t in results(scan, dict(inputs, **leaves)) if t.numel()]
+    seeds = [torch.randn_like(t) for t in outs]
+
+    def gradients(**options):
+        return torch.autograd.grad(outs, list(leaves.values()), seeds, retain_graph=True, **options)
+
+    grads = gradients()
+    assert len(past) == 1
+    with Seen() as seen:
+        assert_same(gradients(), grads)
+    assert len(past) == 1 and seen.names.count('vim2::scan_backward') == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert_same(gradients(), grads)
+    assert len(past) == 1 and 'vim2::scan_backward' in {event.key for event in profile.key_averages()}
+    assert_same(gradients(create_graph=True), grads)
+    assert len(past) == 1
+
+
+def test_the_backward_makes_no_gradient_of_saved_states(past):
+    """Of what autograd keeps, the states at the chunks' borders are large: nobody differentiates them."""
+    inputs = apply(lambda t: t.requires_grad_(), map_inputs())
+    out = results(map_scan, inputs)[0]
+    received = []
+    out.grad_fn.register_prehook(lambda grads: received.append(grads))
+    out.sum().backward()
+    assert [g is None for g in received[0]] == [False, True, True] and len(past) == 1
+
+
 def test_forward_mode(forbidden):
     scan, x, expected = forbidden
     with forward_ad.dual_level():

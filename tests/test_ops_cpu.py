@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from numba import njit
 
-from vim2.ops import simd
+from vim2.ops import cpu, cross_selective_scan, selective_scan, simd
+from vim2.ops.reference import scan_reference
 
 CASES = ('test_sequence[100-4-all]', 'test_sequence[1000-1-reverse]', 'test_sequence[63-16-groups]',
          'test_sequence[100-3-bias]', 'test_map[4-shape3]', 'test_sequence_half[None-dtype0]', 'test_extreme_values')
@@ -54,6 +56,52 @@ def test_softplus_parts():
     e = np.concatenate([np.random.default_rng(1).uniform(0, 1, 1 << 16), 10.0 ** -np.linspace(0, 37, 1 << 10)])
     e = e.astype(np.float32)
     assert np.abs(_vectorised('vlog1p')(e) / np.log1p(e.astype(np.float64)) - 1).max() < 6e-7
+
+
+def test_chunks():
+    """Every step is in one chunk, every chunk has a step: the states' shape and the kernels count on it."""
+    chunks = njit(lambda length: cpu._chunks(length))
+    for length in range(1, 5000):
+        number, most = chunks(length)
+        assert number == -(-length // cpu.CHUNK) and most <= cpu.CHUNK
+        assert (number - 1) * most < length <= number * most
+    assert chunks(14 * 14) == (4, 49) and chunks(28 * 28) == (13, 64)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('height,width', [(1, 64), (5, 13), (1, 79), (8, 10), (14, 14), (1, 452), (3, 171)])
+def test_chunk_borders(height, width, channels_last):
+    """Whole, cut and equal chunks, of maps whose lines are fetched ahead and of others: outputs and gradients."""
+    torch.manual_seed(0)
+    dim, states = 40, 5
+    shapes = [(2, dim, height, width), (2, 4, dim, height, width), (4, dim, states), *2 * [(2, 4, states, height, width)]]
+    values = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    values[2] = -values[2].abs()
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [v.float().to(dtype).requires_grad_() for v in values]
+        given = [t.movedim(-3, -1).contiguous().movedim(-1, -3) if channels_last and t.dim() > 3 else t for t in leaves]
+        out = cross_selective_scan(*given, delta_softplus=True, backend='cpu' if dtype == torch.float32 else 'reference')
+        seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append([out, *torch.autograd.grad(out, leaves, seed.to(dtype))])
+    for actual, expected in zip(*results):
+        assert (actual - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize('length', [16, 17, 31, 33, 63, 70])
+@pytest.mark.parametrize('reverse', [False, True])
+def test_steps_along_memory(length, reverse):
+    """Tiles are transposed 16 steps at a time, some steps twice: nothing beside them may be read or written."""
+    wide = torch.full((2, 32, length + 4), float('nan'))
+    u = wide[:, :, 2:-2].copy_(torch.randn(2, 32, length))
+    delta = torch.full_like(wide, float('nan'))[:, :, 2:-2].copy_(torch.rand(2, 32, length))
+    A, B, C = -torch.rand(32, 4), torch.randn(2, 4, length), torch.randn(2, 4, length)
+    out = selective_scan(u, delta, A, B, C, reverse=reverse, backend='cpu')
+    expected = scan_reference(
+        *(t.double() for t in (u.unsqueeze(2), delta[:, None, :, None], A.unsqueeze(0), B[:, None, None, :, None],
+                               C[:, None, None, :, None])), None, None, None, False, [2 if reverse else 0])[0]
+    assert (out - expected.squeeze(2)).norm() <= 1e-5 * expected.norm()
+    assert wide[:, :, :2].isnan().all() and wide[:, :, -2:].isnan().all()
 
 
 @pytest.mark.parametrize('stride', [1, 3])

@@ -116,14 +116,13 @@ def _load_tile(tensor, origin, offsets, steps, lanes, tile):
             vstore(tile + VBYTES * t, vload_as(dtype, origin + load_i64(offsets + 8 * t)))
         return
     run = load_i64(offsets + 8 * CHUNK)
-    done = 0
-    if lanes == LANES and dtype == F32 and run != 0:
-        # the scan itself runs along memory: read along it and transpose in registers
-        while done + LANES <= steps:
-            first = done if run > 0 else done + LANES - 1
+    if lanes == LANES and dtype == F32 and run != 0 and steps >= LANES:
+        # the scan itself runs along memory: read along it and transpose in registers, some of the last steps twice
+        for t in range(0, steps, LANES):
+            first = min(t, steps - LANES) if run > 0 else min(t + LANES, steps) - 1
             transpose16(tile + VBYTES * first, run * VBYTES, origin + load_i64(offsets + 8 * first), stride)
-            done += LANES
-    for t in range(done, steps):
+        return
+    for t in range(steps):
         source = origin + load_i64(offsets + 8 * t)
         target = tile + VBYTES * t
         if dtype == F32:
@@ -169,13 +168,12 @@ def _store_tile(tensor, origin, offsets, steps, lanes, tile, accumulate):
             vstore_as(dtype, target, value)
         return
     run = load_i64(offsets + 8 * CHUNK)
-    done = 0
-    if lanes == LANES and dtype == F32 and run != 0 and not accumulate:
-        while done + LANES <= steps:
-            first = done if run > 0 else done + LANES - 1
+    if lanes == LANES and dtype == F32 and run != 0 and steps >= LANES and not accumulate:
+        for t in range(0, steps, LANES):
+            first = min(t, steps - LANES) if run > 0 else min(t + LANES, steps) - 1
             transpose16(origin + load_i64(offsets + 8 * first), stride, tile + VBYTES * first, run * VBYTES)
-            done += LANES
-    for t in range(done, steps):
+        return
+    for t in range(steps):
         target = origin + load_i64(offsets + 8 * t)
         source = tile + VBYTES * t
         for i in range(lanes):
@@ -444,9 +442,14 @@ def _own_offsets(tensor, other, direction, outer, i, inner, steps, offsets):
 
 @njit(inline='always')
 def _chunks(length):
-    """Into how many chunks a scan is cut, and the steps of each but the last: equal as far as may be."""
+    """Into how many chunks a scan is cut, and the steps of each but the last.
+
+    Chunks of CHUNK steps start at whole cache lines where the scan runs along memory. If that leaves a few steps to the
+    last one of not many, all are made equal: a short chunk costs little less than a long one.
+    """
     chunks = (length + CHUNK - 1) // CHUNK
-    return chunks, (length + chunks - 1) // chunks
+    left = length - (chunks - 1) * CHUNK
+    return chunks, (length + chunks - 1) // chunks if left < LANES and chunks <= 8 else CHUNK
 
 
 @_jit
@@ -1213,24 +1216,40 @@ def _fresh(t: Tensor) -> Tensor:
     return t
 
 
-def _sum_buffer(like: Tensor, directions: List[int]) -> Tensor:
+def _sum_buffer(like: Tensor, directions: Sequence[int]) -> Tensor:
     """Where a sum over directions is formed: the result itself, or in float32 if its dtype is narrower."""
     if len(directions) == 1 or like.dtype == torch.float32:
         return _fresh(torch.empty_like(like))
     return _fresh(torch.empty_like(like, dtype=torch.float32))
 
 
+@functools.lru_cache(maxsize=1024)
+def _dense_strides(shape: torch.Size, strides: Tuple[int, ...]) -> Tuple[int, ...]:
+    """Strides of `torch.empty_like` of a tensor of this shape and strides."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device='meta')).stride()
+
+
 def _zero_parts(like: Tensor, parts: int) -> Tensor:
     """(parts, ...) float32 zeros, each part in the layout of `torch.empty_like(like)`."""
-    strides = torch.empty_like(like, device='meta').stride()
-    return torch.zeros(parts * like.numel()).as_strided((parts, *like.shape), (like.numel(), *strides))
+    size, strides = like.numel(), _dense_strides(like.shape, like.stride())
+    return torch.zeros(parts * size).as_strided((parts, *like.shape), (size, *strides))
 
 
 def _sum(parts: Tensor) -> Tensor:
     """The sum over the first dimension, in the layout of a part."""
     if parts.shape[0] == 1:
         return parts[0]
-    return torch.sum(parts, 0, out=torch.empty_like(parts[0]))
+    return torch.sum(parts, 0, out=torch.empty_strided(parts.shape[1:], parts.stride()[1:]))
+
+
+def _gradient(like: Optional[Tensor], value: Optional[Tensor], u: Tensor) -> Tensor:
+    """A gradient in the dtype and layout of `torch.empty_like(like)`; empty if there is no such tensor."""
+    if like is None:
+        return u.new_empty(0)
+    strides = _dense_strides(like.shape, like.stride())
+    if value.dtype == like.dtype and value.stride() == strides:
+        return value
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype).copy_(value)
 
 
 def forward(
@@ -1297,6 +1316,4 @@ def backward(
                          grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias), states, directions, delta_softplus)
     summed = (grad_u, grad_delta, _sum(grad_A), _sum(grad_B), _sum(grad_C), None if D is None else _sum(grad_D), grad_z,
               None if delta_bias is None else _sum(grad_bias))
-    return tuple(
-        u.new_empty(0) if t is None else g if g.dtype == t.dtype and g.stride() == t.stride()
-        else torch.empty_like(t).copy_(g) for t, g in zip((u, delta, A, B, C, D, z, delta_bias), summed))
+    return tuple(_gradient(t, g, u) for t, g in zip((u, delta, A, B, C, D, z, delta_bias), summed))

@@ -232,6 +232,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, output[2], delta_weight)
     ctx.delta_softplus, ctx.directions, ctx.backend = delta_softplus, directions, backend
     ctx.want_last_state, ctx.save_states = want_last_state, save_states
+    ctx.set_materialize_grads(False)  # or zeros would be made for the saved states, which nobody differentiates
 
 
 def _autograd_backward(ctx, grad_out, grad_last, grad_states):
@@ -242,7 +243,10 @@ def _autograd_backward(ctx, grad_out, grad_last, grad_states):
         grad_last = None
     if grad_out is None:
         grad_out = torch.zeros_like(u)
-    grads = torch.ops.vim2.scan_backward(
+    # Where nothing asks for the operator, the function that it is made of: see `_calls`.
+    direct = not torch.is_grad_enabled() and _plain_thread() and all(
+        map(_plain, _present(grad_out, grad_last, *ctx.saved_tensors)))
+    grads = (_scan_backward._init_fn if direct else torch.ops.vim2.scan_backward)(
         grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
         ctx.delta_softplus, ctx.directions, ctx.backend, delta_weight)
     given = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
@@ -404,18 +408,27 @@ def _plain_keys() -> Tuple[frozenset, frozenset]:
 _PLAIN_THREAD, _PLAIN_TENSOR = _plain_keys()
 
 
+def _plain_thread() -> bool:
+    """Whether nothing on this thread asks for the operator: no mode, no profiler, no forward-mode derivatives."""
+    return (not torch.compiler.is_compiling() and bool(_PLAIN_THREAD)
+            and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_THREAD
+            and not torch._C._autograd._profiler_enabled() and forward_ad._current_level < 0)
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor is no more than memory of this machine."""
+    return isinstance(t, Tensor) and torch._C._dispatch_keys(t).raw_repr() in _PLAIN_TENSOR
+
+
 def _key(tensors: Sequence[Optional[Tensor]], options: tuple) -> Optional[tuple]:
     """The key of a call in `_calls`, or None if only the operator will do."""
-    if (torch.compiler.is_compiling() or not _PLAIN_THREAD or _needs_grad(tensors)
-            or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREAD
-            or torch._C._autograd._profiler_enabled() or forward_ad._current_level >= 0
-            or not _OPTIONS.issuperset(map(type, options))):
+    if _needs_grad(tensors) or not _plain_thread() or not _OPTIONS.issuperset(map(type, options)):
         return None
     key = [options, os.environ.get(BACKEND_ENV), torch.get_num_threads()]
     for t in tensors:
         if t is None:
             key.append(None)
-        elif isinstance(t, Tensor) and torch._C._dispatch_keys(t).raw_repr() in _PLAIN_TENSOR:
+        elif _plain(t):
             key += t.dtype, t.shape, t.stride()
         else:
             return None
