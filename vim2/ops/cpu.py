@@ -506,7 +506,6 @@ def _forward(p, worker):
         first = (job - image * parts) * part_blocks
         last = min(first + part_blocks, blocks)
         for k in range(directions):
-            direction = load_i64(p + ORDER + 8 * k)
             _load_weights(p + A_, k, first, last, per_group, width, states, LOG2E, decay)
             _load_weights(p + D_, k, first, last, per_group, width, 1, ONE, skip)
             _load_weights(p + BIAS, k, first, last, per_group, width, 1, ONE, bias)
@@ -525,7 +524,8 @@ def _forward(p, worker):
                 _forward_offsets(p, load_i64(p + ORDER + 8 * next_k), next_chunk * most,
                                  min(most, length - next_chunk * most), then)
                 channel = next_first // per_group * width + next_first % per_group * LANES
-                next_u, next_delta = _origin(u, next_image, 0, 0, channel), _origin(delta, next_image, next_k, 0, channel)
+                next_u = _origin(u, next_image, 0, 0, channel)
+                next_delta = _origin(delta, next_image, next_k, 0, channel)
                 next_out = _origin(out, next_image, 0, 0, channel)
                 next_off_u, next_off_delta, next_off_out = then, then + OFFSETS, then + table_out
                 if not streams:  # lines that are there already
@@ -883,7 +883,6 @@ def _backward(p, worker):
         first = part * part_blocks
         last = min(first + part_blocks, blocks)
         for k in range(directions):
-            direction = load_i64(p + ORDER + 8 * k)
             _load_weights(p + A_, k, first, last, per_group, width, states, LOG2E, decay)
             _load_weights(p + D_, k, first, last, per_group, width, 1, ONE, skip)
             _load_weights(p + BIAS, k, first, last, per_group, width, 1, ONE, bias)
@@ -914,7 +913,8 @@ def _backward(p, worker):
                 _backward_offsets(p, load_i64(p + ORDER + 8 * next_k), next_chunk * most,
                                   min(most, length - next_chunk * most), then)
                 channel = next_first // per_group * width + next_first % per_group * LANES
-                next_u, next_delta = _origin(u, next_image, 0, 0, channel), _origin(delta, next_image, next_k, 0, channel)
+                next_u = _origin(u, next_image, 0, 0, channel)
+                next_delta = _origin(delta, next_image, next_k, 0, channel)
                 next_g, next_gu = _origin(g_out, next_image, 0, 0, channel), _origin(g_u, next_image, 0, 0, channel)
                 next_gdelta = _origin(g_delta, next_image, next_k, 0, channel)
                 next_off_u, next_off_delta, next_off_g = then, then + OFFSETS, then + table_out
