@@ -74,14 +74,16 @@ def test_chunk_borders(height, width, channels_last):
     """Whole, cut and equal chunks, of maps whose lines are fetched ahead and of others: outputs and gradients."""
     torch.manual_seed(0)
     dim, states = 40, 5
-    shapes = [(2, dim, height, width), (2, 4, dim, height, width), (4, dim, states), *2 * [(2, 4, states, height, width)]]
+    shapes = [(2, dim, height, width), (2, 4, dim, height, width), (4, dim, states),
+              *2 * [(2, 4, states, height, width)]]
     values = [torch.randn(s, dtype=torch.float64) for s in shapes]
     values[2] = -values[2].abs()
     results = []
     for dtype in (torch.float32, torch.float64):
         leaves = [v.float().to(dtype).requires_grad_() for v in values]
         given = [t.movedim(-3, -1).contiguous().movedim(-1, -3) if channels_last and t.dim() > 3 else t for t in leaves]
-        out = cross_selective_scan(*given, delta_softplus=True, backend='cpu' if dtype == torch.float32 else 'reference')
+        backend = 'cpu' if dtype == torch.float32 else 'reference'
+        out = cross_selective_scan(*given, delta_softplus=True, backend=backend)
         seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out, *torch.autograd.grad(out, leaves, seed.to(dtype))])
     for actual, expected in zip(*results):

@@ -1,11 +1,11 @@
 """The selective scan on CPUs: fused forward and backward kernels in Numba, on torch's own threads.
 
-A job is one image and a range of blocks of 16 channels. It walks the scan in chunks of `CHUNK` steps; in each it reads
-the chunk's B and C once and then, block by block, keeps four states of 16 channels in registers while it steps through
-the chunk. Any strides are read as they are: in place where channels are contiguous, elsewhere the inputs of a chunk are
-gathered into a tile of 4 KB, at the positions that the scan direction visits. The state never reaches memory but at the
-chunks' borders, from which the backward starts again. All sums have an order that depends on the shapes alone, so
-results do not depend on the number of threads.
+A job is one image and a range of blocks of 16 channels. It walks the scan in chunks of up to `CHUNK` steps; in each it
+reads the chunk's B and C once and then, block by block, keeps four states of 16 channels in registers while it steps
+through the chunk. Any strides are read as they are: in place where channels are contiguous, elsewhere the inputs of a
+chunk are gathered into a tile of 4 KB, at the positions that the scan direction visits. The state never reaches memory
+but at the chunks' borders, from which the backward starts again. All sums have an order that depends on the shapes
+alone, so results do not depend on the number of threads.
 
 Importing this module imports Numba; compiling takes seconds, once per machine (Numba caches the result on disk).
 """
@@ -106,6 +106,12 @@ def _offsets(tensor, direction, outer, i, inner, steps, offsets):
     store_i64(offsets + 8 * CHUNK, along // 4 if even and steps > 1 and (along == 4 or along == -4) else 0)
 
 
+@njit(inline='always')
+def _lowest(t, steps, run):
+    """Which of the 16 steps from t on, or of the last 16 if these are fewer, is first in memory (see `_offsets`)."""
+    return min(t, steps - LANES) if run > 0 else min(t + LANES, steps) - 1
+
+
 @_jit
 def _load_tile(tensor, origin, offsets, steps, lanes, tile):
     """Gather (steps, 16 channels) into a float32 tile; lanes beyond `lanes` become 0."""
@@ -119,7 +125,7 @@ def _load_tile(tensor, origin, offsets, steps, lanes, tile):
     if lanes == LANES and dtype == F32 and run != 0 and steps >= LANES:
         # the scan itself runs along memory: read along it and transpose in registers, some of the last steps twice
         for t in range(0, steps, LANES):
-            first = min(t, steps - LANES) if run > 0 else min(t + LANES, steps) - 1
+            first = _lowest(t, steps, run)
             transpose16(tile + VBYTES * first, run * VBYTES, origin + load_i64(offsets + 8 * first), stride)
         return
     for t in range(steps):
@@ -170,7 +176,7 @@ def _store_tile(tensor, origin, offsets, steps, lanes, tile, accumulate):
     run = load_i64(offsets + 8 * CHUNK)
     if lanes == LANES and dtype == F32 and run != 0 and steps >= LANES and not accumulate:
         for t in range(0, steps, LANES):
-            first = min(t, steps - LANES) if run > 0 else min(t + LANES, steps) - 1
+            first = _lowest(t, steps, run)
             transpose16(origin + load_i64(offsets + 8 * first), stride, tile + VBYTES * first, run * VBYTES)
         return
     for t in range(steps):
@@ -265,7 +271,7 @@ def _silu_tile(tile, steps, slope):
 
 
 # What is fetched ahead: per stream (a tensor that is read or written position by position) the line of the next block
-# at each step, into the first cache, and all lines of the next chunk, row by row, into the second one. Eight int64 say
+# at each step, into the first cache, and all lines of the next chunk, row by row, into the second one. Four int64 say
 # where: of the next block and of the next chunk's first one, the address less a step's offset, and the offsets' table.
 NEAR, NEAR_OFFSETS, NEXT, NEXT_OFFSETS = 0, 8, 16, 24
 STREAM = 32
@@ -315,9 +321,19 @@ def _fetch_next(stream, row, line):
 
 @njit(inline='always')
 def _advance(row, line, row_bytes):
+    """The next line of the next chunk: in the same row, or the first one of the row behind it."""
     line += VBYTES
     over = line == row_bytes
     return row + 8 if over else row, 0 if over else line
+
+
+@njit(inline='always')
+def _fetch_next_of_three(a, b, c, row, line, row_bytes):
+    """:func:`_fetch_next` of three streams; returns :func:`_advance`."""
+    _fetch_next(a, row, line)
+    _fetch_next(b, row, line)
+    _fetch_next(c, row, line)
+    return _advance(row, line, row_bytes)
 
 
 @_jit
@@ -385,10 +401,7 @@ def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, 
             x, s = _step_input(n == 0, states > 4, d, at_u + load_i64(view_u + 8 * t), skip, sums + to if sums else 0,
                                dtu + VBYTES * t, y + VBYTES * t)
             if n == 0:
-                _fetch_next(next_u, row, line)
-                _fetch_next(next_dt, row, line)
-                _fetch_next(next_out, row, line)
-                row, line = _advance(row, line, row_bytes)
+                row, line = _fetch_next_of_three(next_u, next_dt, next_out, row, line, row_bytes)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(b)))
             h1 = vfma(vexp2(vmul(d, a1)), h1, vmul(x, vbroadcast(b + 4)))
             h2 = vfma(vexp2(vmul(d, a2)), h2, vmul(x, vbroadcast(b + 8)))
@@ -409,10 +422,7 @@ def _steps_forward(steps, states, dt, at_u, view_u, skip, sums, rows_b, view_b, 
             x, s = _step_input(n == 0, states > 1, d, at_u + load_i64(view_u + 8 * t), skip, sums + to if sums else 0,
                                dtu + VBYTES * t, y + VBYTES * t)
             if n == 0:
-                _fetch_next(next_u, row, line)
-                _fetch_next(next_dt, row, line)
-                _fetch_next(next_out, row, line)
-                row, line = _advance(row, line, row_bytes)
+                row, line = _fetch_next_of_three(next_u, next_dt, next_out, row, line, row_bytes)
             h0 = vfma(vexp2(vmul(d, a0)), h0, vmul(x, vbroadcast(rows_b + load_i64(view_b + 8 * t) + 4 * n)))
             s = vfma(h0, vbroadcast(rows_c + load_i64(view_c + 8 * t) + 4 * n), s)
             vstore(target + to if direct else y + VBYTES * t, s)
@@ -450,6 +460,24 @@ def _chunks(length):
     chunks = (length + CHUNK - 1) // CHUNK
     left = length - (chunks - 1) * CHUNK
     return chunks, (length + chunks - 1) // chunks if left < LANES and chunks <= 8 else CHUNK
+
+
+@njit(inline='always')
+def _follow(p, next_chunk, chunks, restart, k, image, first, part_blocks):
+    """What follows a chunk: the next one if there is one, else chunk `restart` of the next direction or, after the last
+    direction, of what is the next job by now.
+
+    Returns:
+        (chunk, k, image, first channel), where `first` is the job's first block.
+    """
+    if next_chunk < 0 or next_chunk == chunks:
+        next_chunk, k = restart, k + 1
+        if k == load_i64(p + DIRECTIONS):
+            job = min(load_i64(p + NEXT_JOB), load_i64(p + JOBS) - 1)
+            k, image = 0, job // load_i64(p + PARTS)
+            first = (job - image * load_i64(p + PARTS)) * part_blocks
+    per_group = load_i64(p + GROUP_BLOCKS)
+    return next_chunk, k, image, first // per_group * load_i64(p + GROUP_WIDTH) + first % per_group * LANES
 
 
 @_jit
@@ -512,18 +540,10 @@ def _forward(p, worker):
             _fill(h, (last - first) * states)
             for chunk in range(chunks):
                 steps = min(most, length - chunk * most)
-                # What follows: the next chunk, the next direction's first one, or that of what is the next job by now.
-                next_chunk, next_k, next_image, next_first = chunk + 1, k, image, first
-                if next_chunk == chunks:
-                    next_chunk, next_k = 0, k + 1
-                    if next_k == directions:
-                        next_k = 0
-                        next_job = min(load_i64(p + NEXT_JOB), jobs - 1)
-                        next_image = next_job // parts
-                        next_first = (next_job - next_image * parts) * part_blocks
+                next_chunk, next_k, next_image, channel = _follow(
+                    p, chunk + 1, chunks, 0, k, image, first, part_blocks)
                 _forward_offsets(p, load_i64(p + ORDER + 8 * next_k), next_chunk * most,
                                  min(most, length - next_chunk * most), then)
-                channel = next_first // per_group * width + next_first % per_group * LANES
                 next_u = _origin(u, next_image, 0, 0, channel)
                 next_delta = _origin(delta, next_image, next_k, 0, channel)
                 next_out = _origin(out, next_image, 0, 0, channel)
@@ -696,10 +716,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_d
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
             b, c = rows_b + load_i64(view_b + 8 * t) + 4 * n, rows_c + load_i64(view_c + 8 * t) + 4 * n
             if n == 0:
-                _fetch_next(next_u, row, line)
-                _fetch_next(next_dt, row, line)
-                _fetch_next(next_g, row, line)
-                row, line = _advance(row, line, row_bytes)
+                row, line = _fetch_next_of_three(next_u, next_dt, next_g, row, line, row_bytes)
             k = keep + 8 * VBYTES * t
             vstore(k, h0)
             vstore(k + VBYTES, h1)
@@ -756,10 +773,7 @@ def _steps_backward(steps, states, n, count, dt, dtu, y, gy, view_gy, g_dtu, g_d
         for t in range(steps):
             d, x = vload(dt + VBYTES * t), vload(dtu + VBYTES * t)
             if n == 0:
-                _fetch_next(next_u, row, line)
-                _fetch_next(next_dt, row, line)
-                _fetch_next(next_g, row, line)
-                row, line = _advance(row, line, row_bytes)
+                row, line = _fetch_next_of_three(next_u, next_dt, next_g, row, line, row_bytes)
             k = keep + 2 * VBYTES * t
             vstore(k, h0)
             e0 = vexp2(vmul(d, a0))
@@ -901,18 +915,10 @@ def _backward(p, worker):
                 _fill(carry, (last - first) * states)
             for chunk in range(chunks - 1, -1, -1):
                 steps = min(most, length - chunk * most)
-                # What follows: the chunk before, the next direction's last one, or that of what is the next job by now.
-                next_chunk, next_k, next_image, next_first = chunk - 1, k, image, first
-                if next_chunk < 0:
-                    next_chunk, next_k = chunks - 1, k + 1
-                    if next_k == directions:
-                        next_k = 0
-                        next_job = min(load_i64(p + NEXT_JOB), jobs - 1)
-                        next_image = next_job // parts
-                        next_first = (next_job - next_image * parts) * part_blocks
+                next_chunk, next_k, next_image, channel = _follow(
+                    p, chunk - 1, chunks, chunks - 1, k, image, first, part_blocks)
                 _backward_offsets(p, load_i64(p + ORDER + 8 * next_k), next_chunk * most,
                                   min(most, length - next_chunk * most), then)
-                channel = next_first // per_group * width + next_first % per_group * LANES
                 next_u = _origin(u, next_image, 0, 0, channel)
                 next_delta = _origin(delta, next_image, next_k, 0, channel)
                 next_g, next_gu = _origin(g_out, next_image, 0, 0, channel), _origin(g_u, next_image, 0, 0, channel)
@@ -1180,7 +1186,8 @@ def _backward_parts(batch: int, blocks: int) -> int:
 
 
 def _forward_scratch(blocks: int, states: int) -> int:
-    return 2 * FORWARD_OFFSETS + 2 * OFFSETS + 4 * TILE + 8 * CHUNK * states + VBYTES * blocks * (2 + 2 * states) + AHEAD
+    return (2 * FORWARD_OFFSETS + 2 * OFFSETS + 4 * TILE + 8 * CHUNK * states
+            + VBYTES * blocks * (2 + 2 * states) + AHEAD)
 
 
 def _backward_scratch(blocks: int, states: int) -> int:
@@ -1216,7 +1223,7 @@ def _fresh(t: Tensor) -> Tensor:
     return t
 
 
-def _sum_buffer(like: Tensor, directions: Sequence[int]) -> Tensor:
+def _sum_buffer(like: Tensor, directions: List[int]) -> Tensor:
     """Where a sum over directions is formed: the result itself, or in float32 if its dtype is narrower."""
     if len(directions) == 1 or like.dtype == torch.float32:
         return _fresh(torch.empty_like(like))
