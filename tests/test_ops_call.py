@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,6 +229,21 @@ def test_the_backward_operators_bits(past, case):
     assert len(past) == 1 and 'vim2::scan_backward' in {event.key for event in profile.key_averages()}
     assert_same(gradients(create_graph=True), grads)
     assert len(past) == 1
+
+
+@pytest.mark.parametrize('case', ['map', 'map, low rank', 'sequence, last state'])
+def test_backward_under_checkpointing(past, case):
+    """Which recomputes what is saved when the backward reads it, and lets it read once."""
+    scan, inputs = CASES[case]
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+
+    def run():
+        return sum(t.square().sum() for t in results(scan, dict(inputs, **leaves)))
+
+    expected = torch.autograd.grad(run(), list(leaves.values()))
+    loss = torch.utils.checkpoint.checkpoint(run, use_reentrant=False)
+    assert_same(torch.autograd.grad(loss, list(leaves.values())), expected)
+    assert len(past) == 2
 
 
 def test_the_backward_makes_no_gradient_of_saved_states(past):

@@ -236,7 +236,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad_out, grad_last, grad_states):
-    u, delta, A, B, C, D, z, delta_bias, states, delta_weight = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+    u, delta, A, B, C, D, z, delta_bias, states, delta_weight = saved
     if not ctx.save_states:
         raise RuntimeError('vim2::scan was called with save_states=False: it cannot be differentiated')
     if not ctx.want_last_state:
@@ -245,7 +246,7 @@ def _autograd_backward(ctx, grad_out, grad_last, grad_states):
         grad_out = torch.zeros_like(u)
     # Where nothing asks for the operator, the function that it is made of: see `_calls`.
     direct = not torch.is_grad_enabled() and _plain_thread() and all(
-        map(_plain, _present(grad_out, grad_last, *ctx.saved_tensors)))
+        map(_plain, _present(grad_out, grad_last, *saved)))
     grads = (_scan_backward._init_fn if direct else torch.ops.vim2.scan_backward)(
         grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
         ctx.delta_softplus, ctx.directions, ctx.backend, delta_weight)
