@@ -18,7 +18,7 @@ import sys
 import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from numba import cfunc, njit, types
 from torch import Tensor
 
 from . import simd
-from .scan import CHUNK, channel_blocks, states_shape
+from .scan import CHUNK, channel_blocks, contract_delta, expand_delta, states_shape
 from .simd import (
     F32, LANES, VBYTES, add_folded, add_folded_strided, fetch_add, load_as, load_f32, load_i64, prefetch, prefetch_far,
     store_as, store_f32, store_i64, transpose4, transpose16, vabs, vadd, vbroadcast, vdiv, vexp2, vexp2_nonpositive,
@@ -53,6 +53,7 @@ _TENSORS = dict(
     grad_B='pbkgnhw', grad_C='pbkgnhw', grad_D='bke', grad_bias='bke')
 (U, DELTA, A_, B_, C_, D_, Z, BIAS, OUT, LAST, G_OUT, G_LAST, G_U, G_DELTA, G_Z, G_A, G_B, G_C, G_D, G_BIAS) = (
     8 * (FIELDS + 10 * i) for i in range(len(_TENSORS)))
+_NAMES = list(_TENSORS)
 _AXES = {'b': STRIDE_B, 'k': STRIDE_K, 'g': STRIDE_G, 'e': STRIDE_E, 'n': STRIDE_N, 'h': STRIDE_H, 'w': STRIDE_W,
          'p': STRIDE_PART}
 _DTYPES = {torch.float32: F32, torch.bfloat16: 1, torch.float16: 2}
@@ -1115,26 +1116,76 @@ def _geometry(t: Optional[Tensor]):
     return None if t is None else (t.dtype, t.shape, t.stride())
 
 
+class _Plan(NamedTuple):
+    """Everything but addresses."""
+    fields: array
+    scratch: int        # bytes
+    workers: int
+    images: slice       # those to be scanned
+    step_sizes: int     # elements of these images' step sizes, if they have to be formed from factors; else 0
+
+
+# Step sizes of low rank are multiplied out for a few images at a time. Then the caches hold them until they are scanned
+# (their gradient until it is contracted), and the system need not find memory for a whole batch of them.
+_STEP_SIZES = 10 << 20  # bytes
+
+
 @functools.lru_cache(maxsize=1024)
-def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus: bool, threads: int
-          ) -> Tuple[array, int, int]:
-    """Everything but addresses: the fields, bytes of scratch, and workers.
+def _plans(backward: bool, geometry: tuple, factor: Optional[tuple], directions: Tuple[int, ...], softplus: bool,
+           threads: int) -> Tuple[List[_Plan], int]:
+    """A plan for all images, or several for a few of them each if the step sizes have to be formed.
 
     Args:
-        geometry: `_geometry` of each tensor that there is, in the order of _TENSORS.
+        geometry: `_geometry` of each tensor that there is, in the order of _TENSORS. delta's gradient is laid out as
+            delta is.
+        factor: that of delta_weight, by which delta is to be multiplied; or None.
+
+    Returns:
+        (plans, unit): gradients of delta's factors are to be formed for so many images at a time. Shapes alone set it,
+        because it sets the order of a sum.
     """
-    (batch, dim, height, width), states = geometry[0][1], geometry[2][1][2]
+    batch, geometry = geometry[0][1][0], list(geometry)
+    if factor is None:
+        return [_plan(backward, tuple(geometry), directions, softplus, threads, range(batch), 0)], batch
+    u, delta, weight = (torch.empty_strided(shape, strides, dtype=dtype, device='meta')
+                        for dtype, shape, strides in (geometry[0], geometry[1], factor))
+    one = expand_delta(delta[:1], weight, u)
+    unit = min(batch, max(1, _STEP_SIZES // (one.numel() * one.element_size())))
+    jobs = unit * (_backward_parts(batch, _blocks(geometry)) if backward else 1)
+    count = unit * max(1, threads // 2, -(-threads // jobs) if backward else 1)  # the forward's parts are no fixed ones
+    plans = []
+    for first in range(0, batch, count):
+        images = range(first, min(batch, first + count))
+        full = expand_delta(delta[first:images.stop], weight, u)
+        geometry[_NAMES.index('delta')] = _geometry(full)
+        if backward:
+            geometry[_NAMES.index('grad_delta')] = _geometry(full)
+        plans.append(_plan(backward, tuple(geometry), directions, softplus, threads, images, full.numel()))
+    return plans, unit
+
+
+def _blocks(geometry: Sequence[Optional[tuple]]) -> int:
+    """Blocks of channels that the kernels work on, for tensors of this geometry."""
+    groups, _, blocks = channel_blocks(geometry[0][1][1], geometry[3][1][2], geometry[4][1][2])
+    return groups * blocks
+
+
+def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus: bool, threads: int, images: range,
+          step_sizes: int) -> _Plan:
+    """The plan for some of the images. Step sizes that have to be formed are there for these images alone."""
+    (_, dim, height, width), states = geometry[0][1], geometry[2][1][2]
     groups_b, groups_c = geometry[3][1][2], geometry[4][1][2]
-    groups, group_width, group_blocks = channel_blocks(dim, groups_b, groups_c)
-    blocks = groups * group_blocks
-    parts = _backward_parts(batch, blocks) if backward else _forward_parts(batch, blocks, threads)
-    workers = max(1, min(threads, batch * parts))
+    _, group_width, group_blocks = channel_blocks(dim, groups_b, groups_c)
+    blocks = _blocks(geometry)
+    parts = _backward_parts(geometry[0][1][0], blocks) if backward else _forward_parts(len(images), blocks, threads)
+    workers = max(1, min(threads, len(images) * parts))
     size = -(-(_backward_scratch if backward else _forward_scratch)(-(-blocks // parts), states) // 4096) * 4096
     fields = array('q', [0] * (FIELDS + 10 * len(geometry)))
     for at, value in (
-            (JOBS, batch * parts), (DIRECTIONS, len(directions)), (DIM, dim), (STATES, states),
-            (HEIGHT, height), (WIDTH, width), (GROUP_WIDTH, group_width), (GROUP_BLOCKS, group_blocks),
-            (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, int(softplus)), (SCRATCH_SIZE, size)):
+            (NEXT_JOB, images.start * parts), (JOBS, images.stop * parts), (DIRECTIONS, len(directions)), (DIM, dim),
+            (STATES, states), (HEIGHT, height), (WIDTH, width), (GROUP_WIDTH, group_width),
+            (GROUP_BLOCKS, group_blocks), (BLOCKS, blocks), (PARTS, parts), (SOFTPLUS, int(softplus)),
+            (SCRATCH_SIZE, size)):
         fields[at // 8] = value
     fields[ORDER // 8:ORDER // 8 + len(directions)] = array('q', directions)
     for i, (axes, known) in enumerate(zip(_TENSORS.values(), geometry)):
@@ -1147,31 +1198,41 @@ def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus
             # a dimension of one element is never stepped along: that is how constants are read at every position
             fields[at + _AXES[axis] // 8] = 0 if length == 1 else stride * dtype.itemsize
     fields[(B_ + STRIDE_PART) // 8], fields[(C_ + STRIDE_PART) // 8] = groups_b, groups_c
-    return fields, workers * size + 64, workers
+    return _Plan(fields, workers * size + 64, workers, slice(images.start, images.stop), step_sizes)
 
 
-def _launch(name: str, tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor], directions: List[int],
-            softplus: bool) -> None:
-    """Run 'forward' or 'backward' on tensors in the order of _TENSORS; `saved`: the states at the chunks' borders."""
-    plan = _plan(name == 'backward', tuple([_geometry(t) for t in tensors]), tuple(directions), softplus,
-                 torch.get_num_threads())
-    _start(name, plan, tensors, saved)
+def _formed(plans: List[_Plan], u: Tensor, delta: Tensor, delta_weight: Optional[Tensor]
+            ) -> Iterator[Tuple[_Plan, Tensor]]:
+    """Each plan with its images' step sizes: delta itself or, in memory that the next plan's use again, the product."""
+    if delta_weight is None:
+        yield plans[0], delta
+        return
+    memory = _fresh(torch.empty(plans[0].step_sizes, dtype=delta.dtype))
+    for plan in plans:
+        yield plan, expand_delta(delta[plan.images], delta_weight, u, memory)
 
 
-def _start(name: str, plan: Tuple[array, int, int], tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor]
-           ) -> None:
-    fields, size, workers = plan
-    fields = fields[:]  # calls from several threads share the plan
-    scratch = torch.empty(size, dtype=torch.uint8)
+def _start(name: str, plan: _Plan, tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor]) -> None:
+    """Run 'forward' or 'backward'.
+
+    Args:
+        tensors: in the order of _TENSORS.
+        saved: the states at the chunks' borders.
+    """
+    fields = plan.fields[:]  # calls from several threads share the plan
+    scratch = torch.empty(plan.scratch, dtype=torch.uint8)
     fields[SCRATCH // 8] = -(-scratch.data_ptr() // 64) * 64
     at = FIELDS
     for t in tensors:
         if t is not None:
             fields[at] = t.data_ptr()
         at += 10
+    if plan.step_sizes:  # images count from the batch's first one, which is not there
+        for tensor in (DELTA, G_DELTA) if name == 'backward' else (DELTA,):
+            fields[tensor // 8] -= plan.images.start * fields[(tensor + STRIDE_B) // 8]
     if saved is not None:
         fields[SAVED // 8] = saved.data_ptr()
-    _run(name, fields.buffer_info()[0], workers)
+    _run(name, fields.buffer_info()[0], plan.workers)
 
 
 def _forward_parts(batch: int, blocks: int, threads: int) -> int:
@@ -1262,39 +1323,45 @@ def _gradient(like: Optional[Tensor], value: Optional[Tensor], u: Tensor) -> Ten
 def forward(
         u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], z: Optional[Tensor],
         delta_bias: Optional[Tensor], delta_softplus: bool, directions: List[int], want_last_state: bool,
-        save_states: bool,
+        save_states: bool, delta_weight: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The canonical scan (see `vim2.ops.scan`): out, last states or empty, saved states or empty."""
     out = _sum_buffer(u, directions)
     last = torch.empty((u.shape[0], A.shape[0], u.shape[1], A.shape[2]) if want_last_state else (0,))
     states = _fresh(torch.empty(states_shape(u, A, B, C) if save_states else (0,)))
-    _launch('forward', (u, delta, A, B, C, D, z, delta_bias, out, last if want_last_state else None),
-            states if save_states else None, directions, delta_softplus)
+    others = (A, B, C, D, z, delta_bias, out, last if want_last_state else None)
+    plans, _ = _plans(False, tuple([_geometry(t) for t in (u, delta, *others)]), _geometry(delta_weight),
+                      tuple(directions), delta_softplus, torch.get_num_threads())
+    for plan, full in _formed(plans, u, delta, delta_weight):
+        _start('forward', plan, (u, full, *others), states if save_states else None)
     return out if out.dtype == u.dtype else torch.empty_like(u).copy_(out), last, states
 
 
 def prepared(tensors: Sequence[Optional[Tensor]], softplus: bool, directions: List[int], out: Tensor,
-             last: Optional[Tensor]) -> Callable:
+             last: Optional[Tensor], delta_weight: Optional[Tensor] = None) -> Callable:
     """:func:`forward` for tensors like these, with all that depends on more than addresses worked out.
 
     Args:
         tensors: u to delta_bias, as for `forward`.
         out, last: what it returned for them; last None if the function need not return it.
+        delta_weight: as for `forward`.
 
     Returns:
-        A function that takes such tensors, in any views of the same memory, to (out, last).
+        A function that takes such tensors, in any views of the same memory, with delta_weight last, to (out, last).
     """
     dtype, shape, strides = _geometry(out)
     sums = dtype if len(directions) == 1 else torch.float32
     last_shape = None if last is None else last.shape
     wanted = last is not None and last.numel() > 0
     geometry = (*map(_geometry, tensors), (sums, shape, strides), _geometry(last) if wanted else None)
-    plan = _plan(False, geometry, tuple(directions), softplus, torch.get_num_threads())
+    plans, _ = _plans(False, geometry, _geometry(delta_weight), tuple(directions), softplus, torch.get_num_threads())
 
-    def call(*given: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    def call(u: Tensor, delta: Tensor, *others: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+        *others, delta_weight = others
         out = _fresh(torch.empty_strided(shape, strides, dtype=sums))
         last = None if last_shape is None else torch.empty(last_shape, dtype=torch.float32)
-        _start('forward', plan, (*given, out, last if wanted else None), None)
+        for plan, full in _formed(plans, u, delta, delta_weight):
+            _start('forward', plan, (u, full, *others, out, last if wanted else None), None)
         return out if sums is dtype else torch.empty_strided(shape, strides, dtype=dtype).copy_(out), last
 
     return call
@@ -1303,9 +1370,9 @@ def prepared(tensors: Sequence[Optional[Tensor]], softplus: bool, directions: Li
 def backward(
         grad_out: Tensor, grad_last: Optional[Tensor], u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         D: Optional[Tensor], z: Optional[Tensor], delta_bias: Optional[Tensor], states: Tensor, delta_softplus: bool,
-        directions: List[int],
+        directions: List[int], delta_weight: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias (an empty tensor for each that is absent)."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, delta_weight (an empty tensor for each that is absent)."""
     batch, dim = u.shape[:2]
     k, n = A.shape[0], A.shape[2]
     if grad_out.dtype not in _DTYPES:
@@ -1319,8 +1386,24 @@ def backward(
     parts = _backward_parts(batch, groups * group_blocks)
     # zeros: parts that hold no block of a group leave its slice as it is
     grad_B, grad_C = (_zero_parts(t, parts) for t in (B, C))
-    _launch('backward', (u, delta, A, B, C, D, z, delta_bias, None, None, grad_out, grad_last, grad_u, grad_delta,
-                         grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias), states, directions, delta_softplus)
+    others = (A, B, C, D, z, delta_bias, None, None, grad_out, grad_last, grad_u)
+    sums = (grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias)
+    plans, unit = _plans(True, tuple([_geometry(t) for t in (u, delta, *others, grad_delta, *sums)]),
+                         _geometry(delta_weight), tuple(directions), delta_softplus, torch.get_num_threads())
+    grad_weight = memory = None
+    for plan, full in _formed(plans, u, delta, delta_weight):
+        if delta_weight is None:
+            _start('backward', plan, (u, delta, *others, grad_delta, *sums), states)
+            continue
+        if memory is None:
+            memory = _fresh(torch.empty(plan.step_sizes, dtype=delta.dtype))
+        grad = memory.as_strided(full.shape, full.stride())
+        _start('backward', plan, (u, full, *others, grad, *sums), states)
+        for part, low, target in zip(*(t.split(unit) for t in (grad, delta[plan.images], grad_delta[plan.images]))):
+            of_delta, of_weight = contract_delta(part, low, delta_weight)
+            target.copy_(of_delta)
+            grad_weight = of_weight.float() if grad_weight is None else grad_weight.add_(of_weight)
     summed = (grad_u, grad_delta, _sum(grad_A), _sum(grad_B), _sum(grad_C), None if D is None else _sum(grad_D), grad_z,
-              None if delta_bias is None else _sum(grad_bias))
-    return tuple(_gradient(t, g, u) for t, g in zip((u, delta, A, B, C, D, z, delta_bias), summed))
+              None if delta_bias is None else _sum(grad_bias), grad_weight)
+    given = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
+    return tuple(_gradient(t, g, u) for t, g in zip(given, summed))

@@ -104,27 +104,34 @@ def _backend_module(name: str):
 
 
 def _without_autocast(device: str):
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta tensors have none
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor) -> Tensor:
+def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor, memory: Optional[Tensor] = None) -> Tensor:
     """The step sizes (B, K, E, H, W) of delta (B, K, R, H, W) and delta_weight (K, E, R), in delta's dtype.
 
     Channels are contiguous if u's are, else positions are. Without a weight, delta is what it is.
+
+    Args:
+        memory: (n,), n >= B K E H W, where they are written. Default: new memory.
     """
     if delta_weight is None:
         return delta
     batch, directions, rank, height, width = delta.shape
-    weight = delta_weight.to(delta.dtype)
+    weight, dim = delta_weight.to(delta.dtype), delta_weight.shape[1]
+    out = None if memory is None else memory[:batch * directions * dim * height * width]
     with _without_autocast(u.device.type):
         if u.stride(1) == 1:
             rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
-            full = torch.bmm(rows, weight.transpose(1, 2))
-            return full.reshape(directions, batch, height, width, -1).permute(1, 0, 4, 2, 3)
-        return torch.matmul(weight, delta.flatten(3)).unflatten(3, (height, width))
+            full = torch.bmm(rows, weight.transpose(1, 2), out=None if out is None else out.view(*rows.shape[:2], dim))
+            return full.reshape(directions, batch, height, width, dim).permute(1, 0, 4, 2, 3)
+        columns = delta.flatten(3)
+        out = None if out is None else out.view(batch, directions, dim, height * width)
+        return torch.matmul(weight, columns, out=out).unflatten(3, (height, width))
 
 
-def _contract_delta(grad: Tensor, delta: Tensor, delta_weight: Tensor) -> Tuple[Tensor, Tensor]:
+def contract_delta(grad: Tensor, delta: Tensor, delta_weight: Tensor) -> Tuple[Tensor, Tensor]:
     """Gradients of both factors of :func:`expand_delta` from that of their product."""
     batch, directions, rank, height, width = delta.shape
     grad, weight = grad.to(delta.dtype), delta_weight.to(delta.dtype)
@@ -137,7 +144,7 @@ def _contract_delta(grad: Tensor, delta: Tensor, delta_weight: Tensor) -> Tuple[
         else:
             grad_delta = torch.matmul(weight.transpose(1, 2), grad.flatten(3)).unflatten(3, (height, width))
             grad_weight = torch.matmul(grad.flatten(3), delta.flatten(3).transpose(2, 3)).sum(0)
-    return torch.empty_like(delta).copy_(grad_delta), torch.empty_like(delta_weight).copy_(grad_weight)
+    return grad_delta, grad_weight
 
 
 def _present(*tensors: Optional[Tensor]) -> List[Tensor]:
@@ -152,8 +159,11 @@ def _scan(
         delta_weight: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Returns out, the last states (B, K, E, N) or an empty tensor, and the backend's saved states or an empty one."""
-    delta = expand_delta(delta, delta_weight, u)
     name = _resolve(backend, _present(u, delta, A, B, C, D, z, delta_bias))
+    if name == 'cpu':
+        return _backend_module('cpu').forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions,
+                                              want_last_state, save_states, delta_weight)
+    delta = expand_delta(delta, delta_weight, u)
     if name == 'reference':
         out, last = scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions)
         # The layout is u's, as for the other backends. Nothing is saved: the backward recomputes every state.
@@ -171,8 +181,11 @@ def _scan_backward(
         delta_softplus: bool, directions: List[int], backend: str, delta_weight: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias, delta_weight; an empty tensor for each that is absent."""
+    name = _resolve(backend, _present(u, delta, A, B, C, D, z, delta_bias))
+    if name == 'cpu':
+        return _backend_module('cpu').backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
+                                               delta_softplus, directions, delta_weight)
     inputs = [u, expand_delta(delta, delta_weight, u), A, B, C, D, z, delta_bias]
-    name = _resolve(backend, _present(*inputs))
     if name == 'reference':
         grads = scan_reference_backward(grad_out, grad_last, *inputs, delta_softplus, directions)
         grads = [u.new_empty(0) if t is None else torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads)]
@@ -182,8 +195,9 @@ def _scan_backward(
     if delta_weight is None:
         return (*grads, u.new_empty(0))
     inputs.clear()  # the product of the factors is not needed for their gradients
-    grads[1], grad_weight = _contract_delta(grads[1], delta, delta_weight)
-    return (*grads, grad_weight)
+    grad_delta, grad_weight = contract_delta(grads[1], delta, delta_weight)
+    grads[1] = torch.empty_like(delta).copy_(grad_delta)
+    return (*grads, torch.empty_like(delta_weight).copy_(grad_weight))
 
 
 def channel_blocks(dim: int, groups_b: int, groups_c: int) -> Tuple[int, int, int]:
@@ -447,12 +461,9 @@ def _remember(key: Optional[tuple], tensors: Sequence[Optional[Tensor]], delta_w
         out, last: its results.
     """
     if key is not None and _resolve(backend, _present(*tensors)) == 'cpu':
-        u, delta, *others = tensors
-        if delta_weight is not None:  # its geometry is all that is asked for: the product is not formed again
-            delta = expand_delta(delta.to('meta'), delta_weight.to('meta'), u)
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
-        _calls[key] = _backend_module('cpu').prepared((u, delta, *others), softplus, directions, out, last)
+        _calls[key] = _backend_module('cpu').prepared(tensors, softplus, directions, out, last, delta_weight)
 
 
 # TorchScript compiles no keyword-only arguments: the layers call `sequence_scan` and `map_scan`, the public functions
@@ -483,8 +494,8 @@ def sequence_scan(
         call = None if key is None else _calls.get(key)
         if call is not None:
             if delta_weight is not None:
-                delta = expand_delta(delta.unsqueeze(1).unsqueeze(3), delta_weight.unsqueeze(0), u)
-            out, last = call(u, delta, A, B, C, D, z, delta_bias)
+                delta, delta_weight = delta.unsqueeze(1).unsqueeze(3), delta_weight.unsqueeze(0)
+            out, last = call(u, delta, A, B, C, D, z, delta_bias, delta_weight)
             return out.squeeze(2), last.squeeze(1) if return_last_state else last
         _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
     batch, directions = u.shape[0], [2 if reverse else 0]
@@ -521,7 +532,7 @@ def map_scan(
         key = _key(tensors, (delta_softplus, backend))
         call = None if key is None else _calls.get(key)
         if call is not None:
-            return call(x, expand_delta(delta, delta_weight, x), A, B, C, D, None, delta_bias)[0]
+            return call(x, delta, A, B, C, D, None, delta_bias, delta_weight)[0]
         _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
     scanned = (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias)
     directions = [0, 1, 2, 3][:A.shape[0]]
