@@ -9,7 +9,7 @@ import pytest
 import torch
 from numba import njit
 
-from vim2.ops import cpu, cross_selective_scan, selective_scan, simd
+from vim2.ops import cpu, cross_selective_scan, scan as scan_module, selective_scan, simd
 from vim2.ops.reference import scan_reference
 
 CASES = ('test_sequence[100-4-all]', 'test_sequence[1000-1-reverse]', 'test_sequence[63-16-groups]',
@@ -147,3 +147,83 @@ sys.exit(failed)
                             capture_output=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f'{len(CASES) + 4} passed' in result.stdout
+
+
+def _low_rank_inputs(kind, dtype):
+    """Step sizes' factors for 5 images or sequences of 36 channels, everything that a scan takes with them."""
+    g = torch.Generator().manual_seed(7)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    if kind == 'sequence':
+        inputs = [randn(5, 40, 36).transpose(1, 2), randn(5, 3, 40), -torch.rand(36, 4, generator=g), randn(5, 4, 40),
+                  randn(5, 2, 4, 40), randn(36), randn(5, 36, 40), randn(36), randn(36, 3)]
+    else:
+        x = randn(5, 6, 7, 36).permute(0, 3, 1, 2)
+        inputs = [x if kind == 'map' else x.contiguous(), randn(5, 6, 7, 4, 3).permute(0, 3, 4, 1, 2),
+                  -torch.rand(4, 36, 4, generator=g), randn(5, 4, 4, 6, 7), randn(5, 4, 4, 6, 7), randn(4, 36), None,
+                  randn(4, 36), randn(4, 36, 3)]
+    for i in (0, 1):
+        inputs[i] = inputs[i].to(dtype)
+    return inputs
+
+
+def _low_rank_results(kind, inputs):
+    """What a scan of factors gives: output, last state if it has one, all gradients, and a call without gradients."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    x, delta, A, B, C, D, z, bias, weight = leaves
+    if kind == 'sequence':
+        def scan(x, delta, A, B, C, D, z, bias, weight):
+            return selective_scan(x, delta, A, B, C, D, z, bias, True, True, reverse=True, delta_weight=weight)
+        results = scan(*leaves)
+    else:
+        def scan(x, delta, A, B, C, D, z, bias, weight):
+            return (cross_selective_scan(x, delta, A, B, C, D, bias, True, delta_weight=weight),)
+        results = scan(*leaves)
+    g = torch.Generator().manual_seed(8)
+    loss = sum((t.float() * torch.randn(t.shape, generator=g)).sum() for t in results)
+    given = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(loss, given)
+    again = [scan(*inputs) for _ in range(2)][1]  # the second one goes past the dispatcher
+    return [t.detach() for t in (*results, *grads)], [t.detach() for t in again]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('kind', ['map', 'map, positions contiguous', 'sequence'])
+def test_step_sizes_of_a_few_images_at_a_time(kind, dtype, monkeypatch):
+    """However many images' step sizes are formed together, each image's results are those of the whole batch."""
+    inputs = _low_rank_inputs(kind, dtype)
+    whole, _ = _low_rank_results(kind, inputs)
+    one = 36 * (40 if kind == 'sequence' else 42 * 4) * dtype.itemsize
+    start, threads, seen = cpu._start, torch.get_num_threads(), []
+
+    def count(name, plan, *args):
+        seen.append((name, plan.images.start, plan.images.stop))
+        return start(name, plan, *args)
+
+    monkeypatch.setattr(cpu, '_start', count)
+    try:
+        for images, n in ((1, 1), (2, 1), (2, 2), (1, 4), (1, 7)):
+            monkeypatch.setattr(cpu, '_STEP_SIZES', images * one)
+            cpu._plans.cache_clear()
+            scan_module._calls.clear()
+            torch.set_num_threads(n)
+            seen.clear()
+            few, again = _low_rank_results(kind, inputs)
+            forward = [images for name, *images in seen if name == 'forward']
+            at_once = images * max(1, n // 2)
+            cut = [[first, min(5, first + at_once)] for first in range(0, 5, at_once)]
+            assert forward[:len(cut)] == cut and forward[-len(cut):] == cut
+            backward = [images for name, *images in seen if name == 'backward']
+            assert backward[0][0] == 0 and backward[-1][1] == 5 and len(backward) > (n < 7)
+            for a, b in zip(whole, few):
+                # products of other shapes may be summed in another order
+                torch.testing.assert_close(b, a, rtol=2e-5 if dtype == torch.float32 else 2e-2,
+                                           atol=2e-5 * a.abs().max().item() if dtype == torch.float32 else 0.1)
+            for a, b in zip(whole, again):
+                torch.testing.assert_close(b, a, rtol=2e-5 if dtype == torch.float32 else 2e-2, atol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
+        cpu._plans.cache_clear()
+        scan_module._calls.clear()
