@@ -1,5 +1,6 @@
 """tools/benchmark.py: every subcommand runs and its figures hang together. Speeds themselves are not asserted."""
 import json
+import re
 
 import pytest
 
@@ -59,3 +60,9 @@ def test_scaling(tool, tmp_path):
 def test_mistakes(tool, arguments, message):
     result = tool('benchmark', *arguments)
     assert result.code == 2 and message in result.err and 'Traceback' not in result.err
+
+
+def test_memory_prints_without_json(tool):
+    result = tool('benchmark', 'memory', 'test_vim2', '--batch-size', 2, '--img-size', 64, '--train')
+    assert result.code == 0, result.err
+    assert re.fullmatch(r'test_vim2, training step, batch 2, 64 px: \d+ MB at most\n', result.out)

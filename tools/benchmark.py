@@ -217,7 +217,11 @@ def measure_memory(args: argparse.Namespace) -> Dict[str, object]:
     model = build(args.models[0], args.train, args.img_size)
     size = args.img_size or image_size(model)
     (train_step if args.train else eval_step)(model, args.batch_size, size)()
-    return dict(peak_mb=(peak_bytes() - before) / 2 ** 20)
+    peak = (peak_bytes() - before) / 2 ** 20
+    if not args.json:
+        step = 'training step' if args.train else 'forward pass'
+        print(f'{args.models[0]}, {step}, batch {args.batch_size}, {size} px: {peak:.0f} MB at most')
+    return dict(peak_mb=peak)
 
 
 def memory_of(name: str, batch: int, size: int, train: bool) -> float:
