@@ -172,15 +172,13 @@ def _low_rank_inputs(kind, dtype):
 def _low_rank_results(kind, inputs):
     """What a scan of factors gives: output, last state if it has one, all gradients, and a call without gradients."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    x, delta, A, B, C, D, z, bias, weight = leaves
     if kind == 'sequence':
         def scan(x, delta, A, B, C, D, z, bias, weight):
             return selective_scan(x, delta, A, B, C, D, z, bias, True, True, reverse=True, delta_weight=weight)
-        results = scan(*leaves)
     else:
         def scan(x, delta, A, B, C, D, z, bias, weight):
             return (cross_selective_scan(x, delta, A, B, C, D, bias, True, delta_weight=weight),)
-        results = scan(*leaves)
+    results = scan(*leaves)
     g = torch.Generator().manual_seed(8)
     loss = sum((t.float() * torch.randn(t.shape, generator=g)).sum() for t in results)
     given = [t for t in leaves if t is not None]

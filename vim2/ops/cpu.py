@@ -1151,7 +1151,7 @@ def _plans(backward: bool, geometry: tuple, factor: Optional[tuple], directions:
                         for dtype, shape, strides in (geometry[0], geometry[1], factor))
     one = expand_delta(delta[:1], weight, u)
     unit = min(batch, max(1, _STEP_SIZES // (one.numel() * one.element_size())))
-    jobs = unit * (_backward_parts(batch, _blocks(geometry)) if backward else 1)
+    jobs = unit * (_backward_parts(batch, _blocks(*(geometry[i][1] for i in (0, 3, 4)))) if backward else 1)
     count = unit * max(1, threads // 2, -(-threads // jobs) if backward else 1)  # the forward's parts are no fixed ones
     plans = []
     for first in range(0, batch, count):
@@ -1164,9 +1164,9 @@ def _plans(backward: bool, geometry: tuple, factor: Optional[tuple], directions:
     return plans, unit
 
 
-def _blocks(geometry: Sequence[Optional[tuple]]) -> int:
-    """Blocks of channels that the kernels work on, for tensors of this geometry."""
-    groups, _, blocks = channel_blocks(geometry[0][1][1], geometry[3][1][2], geometry[4][1][2])
+def _blocks(u: Sequence[int], B: Sequence[int], C: Sequence[int]) -> int:
+    """Blocks of channels that the kernels work on, for tensors of these shapes."""
+    groups, _, blocks = channel_blocks(u[1], B[2], C[2])
     return groups * blocks
 
 
@@ -1175,8 +1175,8 @@ def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus
     """The plan for some of the images. Step sizes that have to be formed are there for these images alone."""
     (_, dim, height, width), states = geometry[0][1], geometry[2][1][2]
     groups_b, groups_c = geometry[3][1][2], geometry[4][1][2]
-    _, group_width, group_blocks = channel_blocks(dim, groups_b, groups_c)
-    blocks = _blocks(geometry)
+    groups, group_width, group_blocks = channel_blocks(dim, groups_b, groups_c)
+    blocks = groups * group_blocks
     parts = _backward_parts(geometry[0][1][0], blocks) if backward else _forward_parts(len(images), blocks, threads)
     workers = max(1, min(threads, len(images) * parts))
     size = -(-(_backward_scratch if backward else _forward_scratch)(-(-blocks // parts), states) // 4096) * 4096
@@ -1382,8 +1382,7 @@ def backward(
     grad_u, grad_delta = _sum_buffer(u, directions), _fresh(torch.empty_like(delta))
     grad_z = None if z is None else _sum_buffer(z, directions)
     grad_A, grad_D, grad_bias = torch.empty(batch, k, dim, n), torch.empty(batch, k, dim), torch.empty(batch, k, dim)
-    groups, _, group_blocks = channel_blocks(dim, B.shape[2], C.shape[2])
-    parts = _backward_parts(batch, groups * group_blocks)
+    parts = _backward_parts(batch, _blocks(u.shape, B.shape, C.shape))
     # zeros: parts that hold no block of a group leave its slice as it is
     grad_B, grad_C = (_zero_parts(t, parts) for t in (B, C))
     others = (A, B, C, D, z, delta_bias, None, None, grad_out, grad_last, grad_u)
