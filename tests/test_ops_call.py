@@ -460,3 +460,24 @@ def test_without_the_internals(monkeypatch, calls):
     inputs = map_inputs()
     assert_same(results(map_scan, inputs), results(map_scan, inputs))
     assert not calls
+
+
+def test_environment_in_compiled_graphs(monkeypatch, tmp_path):
+    """A cache of compiled graphs that processes share must not take one backend's graph for another's."""
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    inputs = {name: None if t is None else t.detach().clone().requires_grad_() for name, t in map_inputs().items()}
+
+    def gradients(scan):
+        out, = results(scan, inputs)
+        return torch.autograd.grad(out.square().sum(), [t for t in inputs.values() if t is not None])
+
+    for backend in ('reference', 'cpu', ''):
+        monkeypatch.setenv('VIM2_SCAN_BACKEND', backend)
+        torch._dynamo.reset()  # as in a new process
+        compiled = torch.compile(map_scan, fullgraph=True)
+        for actual, expected in zip(gradients(compiled), gradients(map_scan)):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setenv('VIM2_SCAN_BACKEND', 'fast')
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match='VIM2_SCAN_BACKEND=fast: no such backend'):
+        results(torch.compile(map_scan, fullgraph=True), inputs)

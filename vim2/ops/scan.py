@@ -63,12 +63,27 @@ def _missing(backend: str, tensors: Sequence[Tensor]) -> Optional[str]:
     return None
 
 
+_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # older than 2.7: none
+
+
+@torch.compiler.assume_constant_result
+def _environment() -> str:
+    """The operator's argument `backend` if the environment chooses one, else 'auto'.
+
+    In torch.compile it is a part of the graph, because caches of compiled graphs know the graph, not the environment,
+    and what a backend saves for its backward is its own.
+    """
+    backend = os.environ.get(BACKEND_ENV)
+    return f'{BACKEND_ENV}={backend}' if backend else 'auto'
+
+
 def _resolve(backend: str, tensors: Sequence[Tensor]) -> str:
     """The backend to run: the one asked for by argument or environment (or an error), else the device's own."""
     asked = f"backend='{backend}'"
     if backend == 'auto':
-        backend = os.environ.get(BACKEND_ENV, '') or 'auto'
-        asked = f'{BACKEND_ENV}={backend}'
+        backend = _environment()
+    if backend.startswith(f'{BACKEND_ENV}='):
+        asked, backend = backend, backend.split('=', 1)[1]
     if backend != 'auto':
         if backend not in BACKENDS:
             raise ValueError(f"{asked}: no such backend; choose one of {', '.join(BACKENDS)} or auto")
@@ -498,6 +513,8 @@ def sequence_scan(
             out, last = call(u, delta, A, B, C, D, z, delta_bias, delta_weight)
             return out.squeeze(2), last.squeeze(1) if return_last_state else last
         _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
+        if backend is None and torch.compiler.is_compiling() and not _exporting():
+            backend = _environment()
     batch, directions = u.shape[0], [2 if reverse else 0]
     scanned = (u.unsqueeze(2), delta.unsqueeze(1).unsqueeze(3), A.unsqueeze(0), _as_scanned(B, batch),
                _as_scanned(C, batch), None if D is None else D.unsqueeze(0), None if z is None else z.unsqueeze(2),
@@ -534,6 +551,8 @@ def map_scan(
         if call is not None:
             return call(x, delta, A, B, C, D, None, delta_bias, delta_weight)[0]
         _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
+        if backend is None and torch.compiler.is_compiling() and not _exporting():
+            backend = _environment()
     scanned = (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias)
     directions = [0, 1, 2, 3][:A.shape[0]]
     backend = 'auto' if backend is None else backend
