@@ -68,13 +68,18 @@ _exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # older tha
 
 @torch.compiler.assume_constant_result
 def _environment() -> str:
-    """The operator's argument `backend` if the environment chooses one, else 'auto'.
-
-    In torch.compile it is a part of the graph, because caches of compiled graphs know the graph, not the environment,
-    and what a backend saves for its backward is its own.
-    """
+    """The operator's argument `backend` if the environment chooses one, else 'auto'."""
     backend = os.environ.get(BACKEND_ENV)
     return f'{BACKEND_ENV}={backend}' if backend else 'auto'
+
+
+def _known_to_graphs(backend: Optional[str]) -> Optional[str]:
+    """In torch.compile, what the environment chooses, else `backend` as it is.
+
+    Caches of compiled graphs know the graph, not the environment, and what a backend saves is its own. A program that
+    is exported may run elsewhere.
+    """
+    return _environment() if backend is None and torch.compiler.is_compiling() and not _exporting() else backend
 
 
 def _resolve(backend: str, tensors: Sequence[Tensor]) -> str:
@@ -513,8 +518,7 @@ def sequence_scan(
             out, last = call(u, delta, A, B, C, D, z, delta_bias, delta_weight)
             return out.squeeze(2), last.squeeze(1) if return_last_state else last
         _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
-        if backend is None and torch.compiler.is_compiling() and not _exporting():
-            backend = _environment()
+        backend = _known_to_graphs(backend)
     batch, directions = u.shape[0], [2 if reverse else 0]
     scanned = (u.unsqueeze(2), delta.unsqueeze(1).unsqueeze(3), A.unsqueeze(0), _as_scanned(B, batch),
                _as_scanned(C, batch), None if D is None else D.unsqueeze(0), None if z is None else z.unsqueeze(2),
@@ -551,8 +555,7 @@ def map_scan(
         if call is not None:
             return call(x, delta, A, B, C, D, None, delta_bias, delta_weight)[0]
         _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
-        if backend is None and torch.compiler.is_compiling() and not _exporting():
-            backend = _environment()
+        backend = _known_to_graphs(backend)
     scanned = (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias)
     directions = [0, 1, 2, 3][:A.shape[0]]
     backend = 'auto' if backend is None else backend
