@@ -89,7 +89,7 @@ def _load_repo(repo: str, revision: Optional[str], cache_dir, **kwargs: Any) -> 
     except EntryNotFoundError:
         raise FileNotFoundError(f'{where} is no model of vim2: it has no {CONFIG}') from None
     family, config = _read_config(path, where)
-    if family == 'vim2':  # timm finds the files of this commit in the cache; _check_source fetches and verifies them
+    if family == 'vim2':  # timm finds the files of this commit in the cache; check_source fetches and verifies them
         return _create(f'hf-hub:{repo}@{commit}', config, where, cache_dir=cache_dir, **kwargs)
     token = pretrained.current_token()
     return _create_tsm2(repo, where, revision=commit, cache_dir=cache_dir, token=token, **kwargs)

@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import vim2
 from vim2.models import VisionMambaMixer
-from vim2.models.vim2 import key_problems
+from vim2.models.loading import key_problems
 
 __all__ = ['BFloat16OptimWrapper', 'ViM2', 'ViM2OptimWrapperConstructor', 'list_configs', 'load_config', 'scan_flops']
 

@@ -9,80 +9,22 @@ weights; docs/design.md lists every decision that the paper leaves open.
 
 Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
 """
-import zipfile
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
-from timm.models import (
-    build_model_with_cfg, checkpoint, generate_default_cfgs, register_model,
-    resolve_pretrained_cfg)
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vim2 import pretrained as pretrained_weights
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage
+from .hierarchy import HierarchicalBackbone, PatchMerging, Stem
+from .loading import create, key_problems, source_of
 from .vmamba import convert_vmamba, is_vmamba
 
 __all__ = ['VisionMambaMixer']
-
-
-class Stem(nn.Module):
-    """Non-overlapping patches and LayerNorm; (B, C, H, W) to (B, d, ceil(H / patch), ceil(W / patch))."""
-
-    def __init__(
-            self,
-            in_chans: int,
-            dim: int,
-            patch_size: int = 4,
-            norm_layer: Type[nn.Module] = nn.LayerNorm,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.patch_size = patch_size
-        self.conv = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd)
-        self.norm = norm_layer(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, _, H, W = x.shape
-        p = self.patch_size
-        h, w = (H + p - 1) // p, (W + p - 1) // p
-        x = F.pad(x, (0, w * p - W, 0, h * p - H))
-        x = self.conv(x).permute(0, 2, 3, 1)
-        return self.norm(x).permute(0, 3, 1, 2)
-
-
-class PatchMerging(nn.Module):
-    """2x2 patch merging (Swin, VMamba): LayerNorm and Linear over the four neighbours; odd sizes are padded.
-
-    (B, H, W, d) to (B, ceil(H / 2), ceil(W / 2), out_dim).
-    """
-
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Type[nn.Module] = nn.LayerNorm,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm = norm_layer(4 * dim, **dd)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        h, w = (H + 1) // 2, (W + 1) // 2
-        x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
-        x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
-        return self.reduction(self.norm(x))
 
 
 class MixerBlock(nn.Module):
@@ -187,7 +129,7 @@ def _per_stage(value: Any, num_stages: int, name: str) -> Tuple[Any, ...]:
     return value
 
 
-class VisionMambaMixer(nn.Module):
+class VisionMambaMixer(HierarchicalBackbone):
     """ViM2: MambaMixer for images, of any size of at least 32 x 32 pixels."""
 
     def __init__(
@@ -315,100 +257,6 @@ class VisionMambaMixer(nn.Module):
                 (r'^norm', (99999,)),
             ])
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each mixer in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier by a new one for `num_classes`, 0 for none; change the pooling if it is given."""
-        self.num_classes = num_classes
-        self.head.in_features = self.num_features  # fewer after pruning
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward pass that also returns the outputs of stages.
-
-        Args:
-            x: images, (B, C, H, W).
-            indices: the last n stages if an int, all if None, these stages if a sequence.
-            norm: apply the final norm to the last stage's output (it is sized for no other).
-            stop_early: do not run stages after the last one asked for.
-            output_fmt: 'NCHW' or 'NHWC'.
-            intermediates_only: return only the intermediates.
-
-        Returns:
-            The intermediates, or (final features as of `forward_features`, intermediates).
-        """
-        assert output_fmt in ('NCHW', 'NHWC'), 'Output format must be one of NCHW or NHWC.'
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        intermediates = []
-        x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
-            stages = self.stages
-        else:
-            stages = self.stages[:max_index + 1]
-        i = 0
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                y = self._final_norm(x) if norm and i == last else x
-                intermediates.append(y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y)
-        if intermediates_only:
-            return intermediates
-        if i == last:
-            x = self._final_norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Remove the stages after the last one asked for, and what comes after them."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[:max_index + 1]
-        self.feature_info = self.feature_info[:max_index + 1]
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()  # sized for the last stage
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
-        if prune_head or prune_end:
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def _final_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised features of the last stage, (B, dims[-1], H / 32, W / 32) with a stem of stride 4."""
-        x = self.stem(x)
-        x = self.stages(x)
-        return self._final_norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
-
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer) -> Dict[str, Tensor]:
     """Check that a checkpoint is one of this architecture, whatever its classifier and number of input channels.
@@ -420,9 +268,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer)
     Raises:
         RuntimeError: names the file and the keys that are missing, unexpected, or of another shape.
     """
-    cfg = getattr(model, 'pretrained_cfg', {})
-    source = cfg.get('file') or cfg.get('hf_hub_id') or cfg.get('url') or 'the state dict'
-    name = cfg.get('architecture') or 'this architecture'
+    source, name = source_of(model)
     if is_vmamba(state_dict):
         try:
             state_dict = convert_vmamba(state_dict, model).state_dict
@@ -440,76 +286,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer)
     return state_dict
 
 
-def key_problems(own: Dict[str, Tuple[int, ...]], given: Dict[str, Tuple[int, ...]]) -> List[str]:
-    """What keeps a state dict from being a model's, each with its keys; from names to shapes. Empty if it fits."""
-    missing = [k for k in own if k not in given]
-    unexpected = [k for k in given if k not in own]
-    shapes = [f'{k} {given[k]} instead of {own[k]}' for k in own if k in given and given[k] != own[k]]
-    return [f'{what}: {_abridged(keys)}' for what, keys in (
-        ('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
-
-
-def _abridged(items: List[str], most: int = 8) -> str:
-    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
-
-
-def _check_source(variant: str, cache_dir: Optional[Union[str, Path]] = None, **kwargs: Any) -> Dict[str, Any]:
-    """Find and verify what `pretrained=True` is going to load, before anything is built.
-
-    Returns:
-        What to lay over the configuration, so that timm reads the verified file and no other.
-
-    Raises:
-        RuntimeError: no weights are published; bytes that differ from those published, a damaged or a pickle file.
-        FileNotFoundError: no such file. Or huggingface_hub's errors.
-    """
-    try:
-        cfg = resolve_pretrained_cfg(
-            variant, pretrained_cfg=kwargs.get('pretrained_cfg'),
-            pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
-    except TypeError as e:  # a config.json with fields that timm does not know
-        raise RuntimeError(f'{variant}: this timm cannot read the pretrained configuration: {e}') from None
-    if cfg.source == 'local-dir':
-        pretrained_weights.check_folder(Path(cfg.file))
-        return {}
-    if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict):
-        repo, revision = pretrained_weights.split_hub_id(cfg.hf_hub_id)
-        path, commit = pretrained_weights.fetch_weights(repo, revision, cfg.hf_hub_filename, cache_dir)
-        # the commit, so that timm finds this very file in the cache, even if the branch moves meanwhile
-        return dict(hf_hub_id=f'{repo}@{commit}', hf_hub_filename=cfg.hf_hub_filename or path.name, custom_load=False)
-    if cfg.state_dict:
-        return {}
-    if not cfg.has_weights:
-        raise RuntimeError(
-            f'No pretrained weights are published for {variant}. Pass pretrained=False for random weights, or your own '
-            f"checkpoint: timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file=PATH)), "
-            'which adapts it to other num_classes and in_chans, or '
-            f"timm.create_model('{variant}', checkpoint_path=PATH), which does not.")
-    if not cfg.file:
-        return {}
-    path = Path(cfg.file)
-    if not path.is_file():
-        raise FileNotFoundError(f'{variant}: there is no weights file {path}')
-    if path.suffix == '.safetensors':
-        pretrained_weights.check_readable(path, variant)
-        pretrained_weights.check_bundled(path)
-    elif not zipfile.is_zipfile(path):  # the container of torch.save, with its index at the end
-        raise RuntimeError(f'{variant}: {path} is not a readable PyTorch checkpoint (corrupt or truncated)')
-    return {}
-
-
 def _create_vim2(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
-    if pretrained:
-        overlay = _check_source(variant, **kwargs)
-        kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), **overlay}
-    return build_model_with_cfg(
-        VisionMambaMixer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+    return create(VisionMambaMixer, variant, pretrained, checkpoint_filter_fn,
+                  dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **kwargs)
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vim2.layers import SelectiveTokenMixer
+from .loading import abridged
 
 __all__ = ['VMambaConversion', 'convert_vmamba', 'is_vmamba', 'spread_blocks']
 
@@ -121,7 +122,7 @@ def convert_vmamba(
             out[target], mapped[target] = state_dict[key], key
     if unknown:
         raise RuntimeError("the checkpoint holds parameters that VMamba's vanilla network does not have: "
-                           + _abridged(unknown))
+                           + abridged(unknown))
 
     initialized = {}
     channel_blocks = tuple(f'stages.{i}.blocks.{j}.' for i, stage in enumerate(model.stages)
@@ -242,7 +243,3 @@ def _choose_blocks(
         if wrong:
             raise RuntimeError(f'stage {i + 1} of the checkpoint has blocks 0 to {have - 1}, not {wrong[0]}')
     return [list(chosen) for chosen in blocks]
-
-
-def _abridged(items: List[str], most: int = 8) -> str:
-    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')

@@ -1,0 +1,165 @@
+"""What hierarchical backbones have in common: stem, patch merging, and the interface of a timm model."""
+from typing import List, Optional, Tuple, Type, Union
+
+import torch
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ['HierarchicalBackbone', 'PatchMerging', 'Stem']
+
+
+class Stem(nn.Module):
+    """Non-overlapping patches and LayerNorm; (B, C, H, W) to (B, d, ceil(H / patch), ceil(W / patch))."""
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            patch_size: int = 4,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.patch_size = patch_size
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm = norm_layer(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, H, W = x.shape
+        p = self.patch_size
+        h, w = (H + p - 1) // p, (W + p - 1) // p
+        x = F.pad(x, (0, w * p - W, 0, h * p - H))
+        x = self.conv(x).permute(0, 2, 3, 1)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+class PatchMerging(nn.Module):
+    """2x2 patch merging (Swin, VMamba): LayerNorm and Linear over the four neighbours; odd sizes are padded.
+
+    (B, H, W, d) to (B, ceil(H / 2), ceil(W / 2), out_dim).
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm = norm_layer(4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        h, w = (H + 1) // 2, (W + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
+        x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
+        return self.reduction(self.norm(x))
+
+
+class HierarchicalBackbone(nn.Module):
+    """The timm interface of a network of `stem`, `stages` (a Sequential), `norm` and `head` (a ClassifierHead).
+
+    NCHW between the parts. A subclass builds them, and sets `num_classes`, `num_features`, `head_hidden_size` and
+    `feature_info`, which has one entry a stage. `norm` is over the last dimension; a stage has `grad_checkpointing`.
+    """
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each mixer in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a new one for `num_classes`, 0 for none; change the pooling if it is given."""
+        self.num_classes = num_classes
+        self.head.in_features = self.num_features  # fewer after pruning
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Forward pass that also returns the outputs of stages.
+
+        Args:
+            x: images, (B, C, H, W).
+            indices: the last n stages if an int, all if None, these stages if a sequence.
+            norm: apply the final norm to the last stage's output (it is sized for no other).
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: return only the intermediates.
+
+        Returns:
+            The intermediates, or (final features as of `forward_features`, intermediates).
+        """
+        assert output_fmt in ('NCHW', 'NHWC'), 'Output format must be one of NCHW or NHWC.'
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        i = 0
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                y = self._final_norm(x) if norm and i == last else x
+                intermediates.append(y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self._final_norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the stages after the last one asked for, and what comes after them."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        self.feature_info = self.feature_info[:max_index + 1]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()  # sized for the last stage
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised features of the last stage, (B, dims[-1], H / 32, W / 32) with a stem of stride 4."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self._final_norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
