@@ -47,6 +47,7 @@ setup(
         'timm>=1.0.26',
         'numba>=0.60',
         'numpy>=1.26',
+        'filelock>=3.12',
         'safetensors>=0.4',
         'huggingface_hub>=0.30',
     ],

@@ -321,20 +321,13 @@ def test_recipe_values_are_converted_and_can_be_taken_back(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
-def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / 'file.txt'
-    common.write_text(path, 'old')
-
-    def fail(tmp):
-        with open(tmp, 'w') as f:
-            f.write('half of the n')
-        raise RuntimeError('disk full')
-
-    with pytest.raises(RuntimeError, match='disk full'):
-        common.write_atomic(path, fail)
-    assert path.read_text() == 'old'
-    common.write_text(path, 'new')
-    assert path.read_text() == 'new' and [p.name for p in tmp_path.iterdir()] == ['file.txt']
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='cannot write /dev/full: No space left on device'):
+        common.write_text('/dev/full', 'x')
+    with pytest.raises(UserError, match=f'cannot write {tmp_path}: Is a directory'):
+        common.write_text(tmp_path, 'x')
+    with pytest.raises(UserError, match='cannot write /proc/none: '):
+        common.write_torch('/proc/none', {})
 
 
 @pytest.mark.parametrize('seconds, text', [(0, '0:00'), (61.4, '1:01'), (3600, '1:00:00'), (359999, '99:59:59')])

@@ -72,7 +72,8 @@ def test_training_learns_and_says_so(trained):
     assert float(rows[-1]['eval_top1']) > 80  # chance is 25
     lines = [line for line in printed.splitlines() if line.startswith('epoch ')]
     assert len(lines) == 6 and f'top1 {float(rows[-1]["eval_top1"]):.2f}' in lines[-1]  # one plain line per epoch
-    assert {p.name for p in folder.iterdir()} == {'args.yaml', 'summary.csv', 'last.pth.tar', 'best.pth.tar', 'model'}
+    assert {p.name for p in folder.iterdir()} == {
+        '.lock', 'args.yaml', 'summary.csv', 'last.pth.tar', 'best.pth.tar', 'model'}
     assert yaml.safe_load((folder / 'args.yaml').read_text())['lr'] == 3e-3
     assert load(folder / 'best.pth.tar')['progress']['best_metric'] == max(float(r['eval_top1']) for r in rows)
 
@@ -202,7 +203,7 @@ def test_killed_run_resumes_to_the_same_bits(npz_dir, tmp_path, tool, root):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
-    (last.parent / '.last.pth.tar.tmp').write_bytes(b'what a kill while writing leaves')
+    (last.parent / '.last.pth.tar.0123.tmp').write_bytes(b'what a kill while writing leaves')
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had
@@ -218,7 +219,7 @@ def test_killed_run_resumes_to_the_same_bits(npz_dir, tmp_path, tool, root):
     assert_same_state(load(whole / 'last.pth.tar'), load(last))
     for file in ('summary.csv', 'model/model.safetensors', 'model/config.json'):
         assert (whole / file).read_bytes() == (last.parent / file).read_bytes(), file
-    assert not list(last.parent.glob('.*'))
+    assert [p.name for p in last.parent.glob('.*')] == ['.lock']
 
 
 def interrupted(npz_dir, tmp_path, tool, monkeypatch, *more, interval=1, updates=7):
@@ -405,6 +406,16 @@ def test_divergence_stops_and_leaves_the_last_good_checkpoint(npz_dir, tmp_path,
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
     assert checkpoint['progress']['updates'] == 12
     assert all(v.isfinite().all() for v in checkpoint['state_dict'].values())
+
+
+def test_two_runs_in_one_folder(npz_dir, tmp_path, tool):
+    (tmp_path / 'run').mkdir()
+    with common.locked_folder(tmp_path / 'run'):
+        result = tool('train', *options(npz_dir, tmp_path, '--epochs', 1))
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert f'{tmp_path}/run is in use by process {os.getpid()} on ' in result.err
+    result = tool('train', *options(npz_dir, tmp_path, '--epochs', 1))
+    assert result.code == 0, result.err
 
 
 def test_run_folder_that_cannot_be_made(npz_dir, tmp_path, tool):

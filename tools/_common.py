@@ -7,13 +7,12 @@ import difflib
 import json
 import os
 import pickle
-import shutil
 import struct
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import yaml
@@ -334,41 +333,51 @@ def count_parameters(model: torch.nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------------- files
 
 def write_atomic(path: os.PathLike, write: Callable[[str], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
-
-    Whoever reads `path` finds the old file or the new one, never a part, whenever the process dies.
-    """
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.tmp')
-    write(str(tmp))
-    with open(tmp, 'rb+') as f:
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except OSError:  # a system on which a folder cannot be opened (Windows)
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Write a file whole or not at all, see `vim2._files.write`; an error that names it where that fails."""
+    from vim2 import _files
+    with _writing(path):
+        _files.write(path, write)
 
 
 def write_text(path: os.PathLike, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a UTF-8 text file, see `write_atomic`."""
     write_atomic(path, lambda tmp: Path(tmp).write_text(text, encoding='utf-8'))
 
 
+def write_torch(path: os.PathLike, state: Any) -> None:
+    """Write what `torch.save` writes, see `write_atomic`."""
+    from vim2 import _files
+    with _writing(path):
+        _files.write_torch(path, state)
+
+
 def write_folder(path: os.PathLike, write: Callable[[str], None]) -> None:
-    """Let `write` fill a temporary folder beside `path`, then rename its files into `path`, one by one."""
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    write(str(tmp))
-    path.mkdir(exist_ok=True)
-    for file in sorted(tmp.iterdir()):
-        write_atomic(path / file.name, lambda t, f=file: shutil.copyfile(f, t))
-    shutil.rmtree(tmp)
+    """Write a folder whole or not at all, see `vim2._files.write_folder`; an error that names it where that fails."""
+    from vim2 import _files
+    with _writing(path):
+        _files.write_folder(path, write)
+
+
+@contextmanager
+def locked_folder(path: os.PathLike) -> Iterator[None]:
+    """Hold a run's folder for this process alone, and remove what killed writers left in it."""
+    from vim2 import _files
+    with ExitStack() as stack:
+        try:
+            with _writing(Path(path) / '.lock'):
+                stack.enter_context(_files.lock_folder(path))
+        except _files.Locked as e:
+            raise UserError(f'{e}: wait for it, or choose another folder') from None
+        _files.remove_temporaries(path)
+        yield
+
+
+@contextmanager
+def _writing(path: os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror or one_line(e, 200)}') from None
 
 
 def print_json(data: Any) -> None:

@@ -26,7 +26,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -281,6 +281,7 @@ class Run:
     def __init__(self, folder: str, args: argparse.Namespace):
         self.folder = Path(folder)
         self.args = args
+        self._lock = ExitStack()
 
     def create(self, resume: bool) -> None:
         if not resume and (self.folder / 'last.pth.tar').exists():
@@ -290,11 +291,16 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f'cannot create the run folder {self.folder}: {e.strerror}') from None
+        self._lock.enter_context(common.locked_folder(self.folder))
         common.write_text(self.folder / 'args.yaml', yaml.safe_dump(vars(self.args), default_flow_style=None))
+
+    def release(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.close()
 
     def save(self, state: dict, best: bool) -> None:
         last = self.folder / 'last.pth.tar'
-        common.write_atomic(last, lambda tmp: torch.save(state, tmp))
+        common.write_torch(last, state)
         if best:
             common.write_atomic(self.folder / 'best.pth.tar', lambda tmp: self._copy(last, tmp))
 
@@ -745,7 +751,11 @@ class Trainer:
 def main() -> None:
     args, checkpoint = parse_args()
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
-    Trainer(args, checkpoint).fit()
+    trainer = Trainer(args, checkpoint)
+    try:
+        trainer.fit()
+    finally:
+        trainer.run.release()
 
 
 if __name__ == '__main__':
