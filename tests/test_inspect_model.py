@@ -26,7 +26,7 @@ def model():
     model = timm.create_model('test_vim2', num_classes=5).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if any(part in name for part in ('dt_proj', 'x_proj', 'averages', 'in_proj')):
+            if any(part in name for part in ('dt_proj', 'x_proj', 'averages', 'in_proj', 'gate_proj')):
                 p.add_(torch.randn_like(p) * 0.3)
     return model
 
@@ -113,9 +113,9 @@ def test_channel_steps():
     assert not found.tokens and list(found.channels) == [Mixer(0, 0)]
     x = inputs_of(model, {0: mixer}, image)[0].flatten(1, 2)
     for s in range(2):
-        branch = F.pad(x @ mixer.in_proj.weight[:12].T, (3, 0) if s == 0 else (0, 3))
-        taps = mixer.conv_weight[s, 0] if s == 0 else mixer.conv_weight[s, 0].flip(0)
-        u = F.silu(sum(branch[..., i:i + 12] * taps[i] for i in range(4)) + mixer.conv_bias[s])[0]
+        branch = F.pad(x @ mixer.in_proj.weight.T, (3, 0) if s == 0 else (0, 3))
+        taps = mixer.conv1d[s].weight[0, 0] if s == 0 else mixer.conv1d[s].weight[0, 0].flip(0)
+        u = F.silu(sum(branch[..., i:i + 12] * taps[i] for i in range(4)) + mixer.conv1d[s].bias)[0]
         dt = mixer.dt_projs_weight[s] @ (mixer.x_proj_weight[s, :mixer.dt_rank] @ u)
         dt = F.softplus(dt + mixer.dt_projs_bias[s][:, None] + mixer.dt_projs_diag[s] * u).detach().numpy()
         mean, low, high = found.channels[Mixer(0, 0)][s]

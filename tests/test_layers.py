@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vim2.layers.channel_mixer import ChannelConv
 from vim2.layers import S6, SelectiveChannelMixer, SelectiveTokenMixer, WeightedAverage
 from vim2.layers.grid import average_pool_matrix, interpolate_matrix
 
@@ -176,7 +177,7 @@ def test_token_mixer_over_a_map(size):
 
     def naive(x, p):
         B, H, W, _ = x.shape
-        branch, gate = (x @ p['in_proj.weight'].T).chunk(2, -1)
+        branch, gate = x @ p['in_proj.weight'].T, x @ p['gate_proj.weight'].T
         E = branch.shape[-1]
         u = F.conv2d(branch.permute(0, 3, 1, 2), p['conv2d.weight'], p['conv2d.bias'], padding=1, groups=E)
         u = F.silu(u).flatten(2).transpose(1, 2)
@@ -209,7 +210,7 @@ def test_token_mixer_over_a_sequence(num_scans, out_norm):
     mixer = scrambled(SelectiveTokenMixer(6, d_state=3, dt_rank=2, ndim=1, num_scans=num_scans, out_norm=out_norm))
 
     def naive(x, p):
-        branch, gate = (x @ p['in_proj.weight'].T).chunk(2, -1)
+        branch, gate = x @ p['in_proj.weight'].T, x @ p['gate_proj.weight'].T
         s6 = {n[3:]: v for n, v in p.items() if n.startswith('s6.')}
         y = 0
         for k in range(num_scans):
@@ -249,14 +250,16 @@ def naive_channel_mixer(x, p, P, num_scans, pool, up):
     pool takes the tokens of a map (..., H * W) to the grid (..., P * P), up takes them back.
     """
     B, H, W, _ = x.shape
-    branch, gate = (x.reshape(B, H * W, -1) @ p['in_proj.weight'].T).chunk(2, -1)
+    x = x.reshape(B, H * W, -1)
+    branch, gate = x @ p['in_proj.weight'].T, x @ p['gate_proj.weight'].T
     steps = branch.transpose(1, 2)  # (B, E, tokens): a sequence of channels
     tokens, (_, N) = H * W, p['A_logs'].shape
     R = p['dt_projs_weight'].shape[2]
     y = 0
     for s in range(num_scans):
         u = steps.flip(1) if s else steps
-        u = F.silu(naive_causal_conv(u, p['conv_weight'][s].expand(tokens, 1, -1), p['conv_bias'][s]))
+        weight = p[f'conv1d.{s}.weight'].expand(tokens, 1, -1)
+        u = F.silu(naive_causal_conv(u, weight, p[f'conv1d.{s}.bias']))
         dt, b, c = (pool(u) @ p['x_proj_weight'][s].T).split([R, N, N], -1)  # Linears over the tokens
         dt = up(dt @ p['dt_projs_weight'][s].T + p['dt_projs_bias'][s]) + p['dt_projs_diag'][s] * u
         A = -p['A_logs'][s].exp().expand(tokens, N)
@@ -350,3 +353,109 @@ def test_gated_norm_is_recomputed(build, monkeypatch):
     assert held_without - held >= 3 * full  # the normalised map, the activated gate, their product
     for a, b in zip(grads, grads_without):
         torch.testing.assert_close(a, b)
+
+
+def test_parameters_of_version_0_1_0():
+    """One in_proj for branch and gate, one tensor for both directions' convolutions: the same function."""
+    from vim2.layers import upgrade_state_dict
+    torch.manual_seed(0)
+    for mixer, x in ((SelectiveTokenMixer(6), torch.randn(2, 3, 4, 6)), (SelectiveTokenMixer(6, ndim=1, num_scans=2), torch.randn(2, 5, 6)),
+                     (SelectiveChannelMixer(6, token_grid=2), torch.randn(2, 3, 4, 6))):
+        new = scrambled(mixer).state_dict()
+        old = {k: v for k, v in new.items() if 'gate_proj' not in k and 'conv1d' not in k}
+        old['in_proj.weight'] = torch.cat([new['in_proj.weight'], new['gate_proj.weight']])
+        for name in ('weight', 'bias'):
+            convs = [v for k, v in new.items() if re.fullmatch(rf'conv1d\.\d\.{name}', k)]
+            if isinstance(mixer, SelectiveChannelMixer):
+                old[f'conv_{name}'] = torch.cat(convs)
+            else:
+                old.update({k: v for k, v in new.items() if k.startswith('conv1d')})
+        parent = torch.nn.Sequential(type(mixer)(**mixer_arguments(mixer)))
+        parent.load_state_dict({f'0.{k}': v for k, v in old.items()})  # strict
+        assert torch.equal(parent(x), mixer(x))
+        assert upgrade_state_dict(old).keys() == new.keys() and upgrade_state_dict(new) == new
+
+
+def mixer_arguments(mixer):
+    if isinstance(mixer, SelectiveChannelMixer):
+        return dict(dim=6, token_grid=2)
+    return dict(dim=6) if mixer.spatial else dict(dim=6, ndim=1, num_scans=2)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_channel_conv_is_a_convolution(reverse):
+    torch.manual_seed(0)
+    conv = ChannelConv(4, reverse=reverse)
+    x = torch.randn(2, 5, 9)
+    rows = x.reshape(10, 1, 9)
+    expected = F.conv1d(F.pad(rows.flip(2) if reverse else rows, (3, 0)), conv.weight, conv.bias)
+    expected = (expected.flip(2) if reverse else expected).reshape(2, 5, 9)
+    torch.testing.assert_close(conv(x), expected)
+
+
+class LowRank(torch.nn.Module):
+    """What adapters such as LoRA put in a Linear's place."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def models_with_linears():
+    import timm
+    import vim2  # noqa: F401
+    from vim2.models.tsm2 import TSM2
+    yield timm.create_model('test_vim2', num_classes=5), torch.randn(2, 3, 64, 64)
+    yield TSM2(3, lookback=32, horizon=4, patch_len=8, stride=4, d_model=8, depth=2), torch.randn(2, 32, 3)
+
+
+def linears_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_adapters_around_every_linear():
+    """Each gets a gradient, changes the output, and can be folded into the weight that it adapts."""
+    torch.manual_seed(0)
+    for model, x in models_with_linears():
+        plain = model.eval()(x)
+        names = list(linears_of(model))
+        for name in names:
+            model.set_submodule(name, LowRank(model.get_submodule(name)))
+        adapted = model(x)
+        assert (adapted - plain).abs().max() > 1e-3
+        adapted.square().sum().backward()
+        for name in names:
+            adapter = model.get_submodule(name)
+            for part in (adapter.down, adapter.up):
+                assert part.weight.grad is not None and part.weight.grad.abs().max() > 0, name
+            with torch.no_grad():
+                adapter.base.weight += adapter.up.weight @ adapter.down.weight
+            model.set_submodule(name, adapter.base)
+        torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_every_module_is_called(training):
+    """Forward hooks fire on every Linear and convolution: what adapters, quantisers and FSDP need."""
+    for model, x in models_with_linears():
+        seen = set()
+        kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+        expected = {n for n, m in model.named_modules() if isinstance(m, kinds)}
+        for name in expected:
+            model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.add(name))
+        model.train(training)(x)
+        assert seen == expected
+
+
+def test_dynamic_quantization_of_every_linear():
+    torch.manual_seed(0)
+    for model, x in models_with_linears():
+        plain = model.eval()(x)
+        small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        assert not linears_of(small)
+        assert rrmse(small(x), plain) < 0.05

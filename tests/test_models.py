@@ -29,6 +29,7 @@ if hasattr(torch._C, '_jit_set_profiling_executor'):
 MODELS = timm.list_models('*vim2*')
 IMAGENET_MODELS = ['vim2_base', 'vim2_mlp_tiny', 'vim2_small', 'vim2_tiny']
 NANO = 'vim2_nano_patch2_32'
+MICRO = 'vim2_micro_patch4_64'
 SIZE = 64  # of inputs where the size is not the point
 WITHOUT_WEIGHTS = [n for n in MODELS if n != NANO]
 
@@ -53,7 +54,7 @@ def num_params(name):
 
 
 def test_registered():
-    assert MODELS == ['test_vim2', *IMAGENET_MODELS[:2], NANO, *IMAGENET_MODELS[2:]]
+    assert MODELS == sorted(['test_vim2', *IMAGENET_MODELS, MICRO, NANO])
     assert timm.list_models(module='vim2') == MODELS
     assert timm.list_models('*vim2*', pretrained=True) == [f'{NANO}.cifar10']
     assert re.fullmatch(r'\d+\.\d+\.\d+\S*', vim2.__version__)
@@ -71,7 +72,7 @@ def test_import_is_light(root):
 
 @pytest.mark.parametrize('name,low,high', [
     ('vim2_tiny', 23.5e6, 24.5e6), ('vim2_small', 43e6 * 0.97, 43e6 * 1.03), ('vim2_base', 74e6 * 0.97, 74e6 * 1.03),
-    ('vim2_mlp_tiny', 27.5e6, 28.5e6), (NANO, 1e6, 2e6), ('test_vim2', 0, 0.2e6)])
+    ('vim2_mlp_tiny', 27.5e6, 28.5e6), (NANO, 1e6, 2e6), (MICRO, 4e6, 5e6), ('test_vim2', 0, 0.2e6)])
 def test_num_params(name, low, high):
     assert low <= num_params(name) <= high
 
@@ -118,7 +119,7 @@ def test_sizes(size):
     torch.testing.assert_close(both[1:], one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', IMAGENET_MODELS + [NANO])
+@pytest.mark.parametrize('name', IMAGENET_MODELS + [NANO, MICRO])
 @pytest.mark.parametrize('size', [(96, 96), (75, 122)])
 def test_sizes_of_named_models(name, size):
     model = cached(name)
@@ -465,7 +466,7 @@ def test_compile(name):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['test_vim2', NANO])
+@pytest.mark.parametrize('name', ['test_vim2', NANO, MICRO])
 def test_compile_backward(name):
     """One graph, forward and backward."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['HierarchicalBackbone', 'PatchMerging', 'Stem']
+__all__ = ['ConvDownsample', 'ConvStem', 'HierarchicalBackbone', 'PatchMerging', 'Stem']
 
 
 class Stem(nn.Module):
@@ -34,6 +34,58 @@ class Stem(nn.Module):
         x = F.pad(x, (0, w * p - W, 0, h * p - H))
         x = self.conv(x).permute(0, 2, 3, 1)
         return self.norm(x).permute(0, 3, 1, 2)
+
+
+class ConvStem(nn.Module):
+    """Overlapping patches by 3 x 3 convolutions, as VMamba's later versions have them; sizes as :class:`Stem`.
+
+    A convolution, LayerNorm and GELU, and one more convolution with LayerNorm; each of stride 2 while the patch size
+    asks for it, the last ones first.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            patch_size: int = 4,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if patch_size not in (1, 2, 4):
+            raise ValueError(f'a convolutional stem has a patch size of 1, 2 or 4, not {patch_size}')
+        self.patch_size = patch_size
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2 if patch_size == 4 else 1, padding=1, **dd)
+        self.norm1 = norm_layer(dim // 2, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=1 if patch_size == 1 else 2, padding=1, **dd)
+        self.norm2 = norm_layer(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x).permute(0, 2, 3, 1))
+        x = self.conv2(F.gelu(x).permute(0, 3, 1, 2))
+        return self.norm2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvDownsample(nn.Module):
+    """A 3 x 3 convolution of stride 2 and LayerNorm; (B, H, W, d) to (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = norm_layer(out_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):

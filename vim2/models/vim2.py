@@ -19,8 +19,8 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vim2 import pretrained as pretrained_weights
-from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage
-from .hierarchy import HierarchicalBackbone, PatchMerging, Stem
+from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage, upgrade_state_dict
+from .hierarchy import ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, Stem
 from .loading import create, key_problems, source_of
 from .vmamba import convert_vmamba, is_vmamba
 
@@ -71,7 +71,7 @@ class VisionMambaMixerStage(nn.Module):
             dim: int,
             out_dim: int,
             mixer_layers: List[Callable[..., nn.Module]],
-            downsample: bool = True,
+            downsample: Optional[Callable[..., nn.Module]] = PatchMerging,
             weighted_average: bool = True,
             drop_path: Optional[List[float]] = None,
             norm_layer: Type[nn.Module] = nn.LayerNorm,
@@ -80,9 +80,9 @@ class VisionMambaMixerStage(nn.Module):
     ):
         """
         Args:
-            dim, out_dim: channels in and out; the same if `downsample` is False.
+            dim, out_dim: channels in and out; the same without down-sampling.
             mixer_layers: what builds each mixer, from (dim, device=, dtype=).
-            downsample: begin with patch merging.
+            downsample: what builds the layer that the stage begins with, None for none.
             weighted_average: learned average of all earlier outputs, else the plain chain.
             drop_path: stochastic depth rate of each mixer. Default: none.
         """
@@ -91,8 +91,8 @@ class VisionMambaMixerStage(nn.Module):
         self.weighted_average = weighted_average
         self.grad_checkpointing = False
         drop_path = drop_path or [0.] * len(mixer_layers)
-        if downsample:
-            self.downsample = PatchMerging(dim, out_dim, norm_layer=norm_layer, **dd)
+        if downsample is not None:
+            self.downsample = downsample(dim, out_dim, norm_layer=norm_layer, **dd)
         else:
             assert dim == out_dim
             self.downsample = nn.Identity()
@@ -138,6 +138,8 @@ class VisionMambaMixer(HierarchicalBackbone):
             num_classes: int = 1000,
             global_pool: str = 'avg',
             patch_size: int = 4,
+            stem: str = 'patch',
+            downsample: str = 'merge',
             dims: Tuple[int, ...] = (96, 192, 384, 768),
             token_depths: Tuple[int, ...] = (2, 2, 6, 2),
             channel_depths: Tuple[int, ...] = (1, 1, 3, 1),
@@ -164,6 +166,8 @@ class VisionMambaMixer(HierarchicalBackbone):
             num_classes: number of classes, 0 for no classifier.
             global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or '' (no pooling) before the classifier.
             patch_size: side and stride of the stem's patches, in pixels.
+            stem: 'patch' for non-overlapping patches, 'conv' for two 3 x 3 convolutions.
+            downsample: 'merge' for 2 x 2 patch merging between the stages, 'conv' for a 3 x 3 convolution.
             dims: width of each stage.
             token_depths, channel_depths: number of token and channel mixers in each stage; the channel mixers are
                 spread evenly between the token mixers.
@@ -186,9 +190,11 @@ class VisionMambaMixer(HierarchicalBackbone):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         num_stages = len(dims)
-        for name, value in (('token_mixer', token_mixer), ('channel_mixer', channel_mixer)):
-            if value not in ('s6', 'mlp'):
-                raise ValueError(f"{name} must be 's6' or 'mlp', got {value!r}")
+        for name, value, choices in (
+                ('token_mixer', token_mixer, ('s6', 'mlp')), ('channel_mixer', channel_mixer, ('s6', 'mlp')),
+                ('stem', stem, ('patch', 'conv')), ('downsample', downsample, ('merge', 'conv'))):
+            if value not in choices:
+                raise ValueError(f"{name} must be '{choices[0]}' or '{choices[1]}', got {value!r}")
         token_depths = _per_stage(token_depths, num_stages, 'token_depths')
         channel_depths = _per_stage(channel_depths, num_stages, 'channel_depths')
         token_expand = _per_stage(token_expand, num_stages, 'token_expand')
@@ -199,7 +205,9 @@ class VisionMambaMixer(HierarchicalBackbone):
         self.output_fmt = 'NCHW'
         self.feature_info = []
 
-        self.stem = Stem(in_chans, dims[0], patch_size=patch_size, norm_layer=norm_layer, **dd)
+        stem_layer = Stem if stem == 'patch' else ConvStem
+        self.stem = stem_layer(in_chans, dims[0], patch_size=patch_size, norm_layer=norm_layer, **dd)
+        downsample_layer = PatchMerging if downsample == 'merge' else ConvDownsample
 
         orders = [mixer_order(t, c) for t, c in zip(token_depths, channel_depths)]
         num_mixers = sum(len(order) for order in orders)
@@ -221,8 +229,8 @@ class VisionMambaMixer(HierarchicalBackbone):
                 channel_layer = partial(Mlp, hidden_features=int(mlp_ratio * dim))
             stages.append(VisionMambaMixerStage(
                 prev_dim, dim, [token_layer if kind == 'token' else channel_layer for kind in order],
-                downsample=i > 0, weighted_average=weighted_average, drop_path=rates[done:done + len(order)],
-                norm_layer=norm_layer, **dd))
+                downsample=downsample_layer if i > 0 else None, weighted_average=weighted_average,
+                drop_path=rates[done:done + len(order)], norm_layer=norm_layer, **dd))
             prev_dim, reduction, done = dim, reduction * (2 if i > 0 else 1), done + len(order)
             self.feature_info += [dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
@@ -244,7 +252,7 @@ class VisionMambaMixer(HierarchicalBackbone):
         """Names of the parameters of the state spaces (A, D, step sizes), norms, biases and averaging scalars."""
         s6 = ('A_logs', 'Ds', 'dt_projs_bias', 'dt_projs_diag')
         return {n for n, p in self.named_parameters()
-                if p.ndim <= 1 or n.endswith(('.bias', 'conv_bias')) or n.rpartition('.')[2] in s6}
+                if p.ndim <= 1 or n.endswith('.bias') or n.rpartition('.')[2] in s6}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -262,8 +270,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer)
     """Check that a checkpoint is one of this architecture, whatever its classifier and number of input channels.
 
     timm adapts those two, and then loads with strict=False, which would let a checkpoint of anything else pass.
-    A checkpoint of VMamba's vanilla network is converted: the model starts as that network, with as many of its
-    blocks, evenly spread, as the model has token mixers (tools/convert_vmamba.py lets one choose).
+    A checkpoint of version 0.1.0 gets today's names. One of VMamba's vanilla network is converted: the model starts as
+    that network, with as many of its blocks, evenly spread, as the model has token mixers (tools/convert_vmamba.py
+    lets one choose).
 
     Raises:
         RuntimeError: names the file and the keys that are missing, unexpected, or of another shape.
@@ -274,12 +283,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer)
             state_dict = convert_vmamba(state_dict, model).state_dict
         except RuntimeError as e:
             raise RuntimeError(f'{source} cannot be converted to {name}: {e}') from None
+    state_dict = upgrade_state_dict(state_dict)
     classifier = ('head.fc.weight', 'head.fc.bias')
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in classifier}
     given = {k: tuple(v.shape) for k, v in state_dict.items() if k not in classifier}
-    stem = given.get('stem.conv.weight', ())
-    if len(stem) == 4:
-        given['stem.conv.weight'] = (stem[0], own['stem.conv.weight'][1], *stem[2:])
+    for key in ('stem.conv.weight', 'stem.conv1.weight'):
+        if key in own and len(given.get(key, ())) == 4:
+            given[key] = (given[key][0], own[key][1], *given[key][2:])
     problems = key_problems(own, given)
     if problems:
         raise RuntimeError(f'{source} is no checkpoint of {name}; its keys do not match.\n  ' + '\n  '.join(problems))
@@ -287,8 +297,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer)
 
 
 def _create_vim2(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    num_stages = len(kwargs.get('dims', range(4)))
     return create(VisionMambaMixer, variant, pretrained, checkpoint_filter_fn,
-                  dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **kwargs)
+                  dict(out_indices=tuple(range(num_stages)), flatten_sequential=True), **kwargs)
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -318,6 +329,8 @@ _ARCHITECTURES = {
     'vim2_base': _cfg(),
     'vim2_mlp_tiny': _cfg(),
     'vim2_nano_patch2_32': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    'vim2_micro_patch4_64': _cfg(
+        input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0, first_conv='stem.conv1'),
     'test_vim2': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
 }
 
@@ -371,6 +384,15 @@ def vim2_nano_patch2_32(pretrained: bool = False, **kwargs: Any) -> VisionMambaM
         patch_size=2, dims=(32, 64, 128, 256), token_depths=(2, 2, 2, 2), channel_depths=(1, 1, 1, 1),
         d_state=4, token_grid=4)
     return _create_vim2('vim2_nano_patch2_32', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_micro_patch4_64(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
+    """A small ViM2 for images of 64 x 64: 16 x 16, 8 x 8 and 4 x 4 tokens, convolutions before and between them."""
+    model_args = dict(
+        patch_size=4, stem='conv', downsample='conv', dims=(88, 176, 352), token_depths=(2, 4, 2),
+        channel_depths=(1, 2, 1), channel_expand=(2., 2., 1.), d_state=4, token_grid=4)
+    return _create_vim2('vim2_micro_patch4_64', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -15,7 +15,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from vim2.layers import SelectiveTokenMixer
+from vim2.layers import SelectiveTokenMixer, upgrade_state_dict
 from .loading import abridged
 
 __all__ = ['VMambaConversion', 'convert_vmamba', 'is_vmamba', 'spread_blocks']
@@ -124,6 +124,9 @@ def convert_vmamba(
         raise RuntimeError("the checkpoint holds parameters that VMamba's vanilla network does not have: "
                            + abridged(unknown))
 
+    for target in [t for t in out if t.endswith('.mixer.in_proj.weight')]:  # VMamba's holds branch and gate
+        mapped[target.replace('in_proj', 'gate_proj')] = mapped[target]
+    out = upgrade_state_dict(out)
     initialized = {}
     channel_blocks = tuple(f'stages.{i}.blocks.{j}.' for i, stage in enumerate(model.stages)
                            for j in range(len(stage.blocks)) if j not in tokens[i])
