@@ -1,11 +1,13 @@
 """The layers against plain float64 implementations of the paper's equations, written with loops and no code of vim2."""
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vim2.layers.channel_mixer import ChannelConv
 from vim2.layers import S6, SelectiveChannelMixer, SelectiveTokenMixer, WeightedAverage
+from vim2.layers.channel_mixer import ChannelConv
 from vim2.layers.grid import average_pool_matrix, interpolate_matrix
 
 
@@ -359,8 +361,9 @@ def test_parameters_of_version_0_1_0():
     """One in_proj for branch and gate, one tensor for both directions' convolutions: the same function."""
     from vim2.layers import upgrade_state_dict
     torch.manual_seed(0)
-    for mixer, x in ((SelectiveTokenMixer(6), torch.randn(2, 3, 4, 6)), (SelectiveTokenMixer(6, ndim=1, num_scans=2), torch.randn(2, 5, 6)),
-                     (SelectiveChannelMixer(6, token_grid=2), torch.randn(2, 3, 4, 6))):
+    for kind, kwargs, size in ((SelectiveTokenMixer, {}, (2, 3, 4, 6)), (SelectiveChannelMixer, {}, (2, 3, 4, 6)),
+                               (SelectiveTokenMixer, dict(ndim=1, num_scans=2), (2, 5, 6))):
+        mixer, x = kind(6, **kwargs), torch.randn(size)
         new = scrambled(mixer).state_dict()
         old = {k: v for k, v in new.items() if 'gate_proj' not in k and 'conv1d' not in k}
         old['in_proj.weight'] = torch.cat([new['in_proj.weight'], new['gate_proj.weight']])
@@ -370,16 +373,11 @@ def test_parameters_of_version_0_1_0():
                 old[f'conv_{name}'] = torch.cat(convs)
             else:
                 old.update({k: v for k, v in new.items() if k.startswith('conv1d')})
-        parent = torch.nn.Sequential(type(mixer)(**mixer_arguments(mixer)))
+        parent = torch.nn.Sequential(kind(6, **kwargs))
         parent.load_state_dict({f'0.{k}': v for k, v in old.items()})  # strict
         assert torch.equal(parent(x), mixer(x))
-        assert upgrade_state_dict(old).keys() == new.keys() and upgrade_state_dict(new) == new
-
-
-def mixer_arguments(mixer):
-    if isinstance(mixer, SelectiveChannelMixer):
-        return dict(dim=6, token_grid=2)
-    return dict(dim=6) if mixer.spatial else dict(dim=6, ndim=1, num_scans=2)
+        assert upgrade_state_dict(old).keys() == new.keys()
+        assert all(upgrade_state_dict(new)[k] is v for k, v in new.items())
 
 
 @pytest.mark.parametrize('reverse', [False, True])
@@ -447,7 +445,8 @@ def test_every_module_is_called(training):
         kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
         expected = {n for n, m in model.named_modules() if isinstance(m, kinds)}
         for name in expected:
-            model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.add(name))
+            model.get_submodule(name).register_forward_hook(
+                lambda m, i, o, name=name, seen=seen: seen.add(name))
         model.train(training)(x)
         assert seen == expected
 

@@ -15,13 +15,13 @@ def upgrade_state_dict(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     out = {}
     for key, value in state_dict.items():
         prefix, _, name = key.rpartition('in_proj.weight')
-        if prefix.endswith('.') and not name and prefix + 'gate_proj.weight' not in state_dict:
+        if not name and (not prefix or prefix.endswith('.')) and prefix + 'gate_proj.weight' not in state_dict:
             rows = state_dict.get(prefix + 'out_proj.weight')
             if rows is not None and rows.ndim == 2 and value.shape[0] == 2 * rows.shape[1]:
                 # copies: a file of safetensors takes no two tensors of one memory
                 out[key], out[prefix + 'gate_proj.weight'] = (half.clone() for half in value.chunk(2))
                 continue
-        if key.endswith(('.conv_weight', '.conv_bias')) and key.rpartition('.')[0] + '.dt_projs_diag' in state_dict:
+        if key.endswith(('conv_weight', 'conv_bias')) and key.rpartition('conv_')[0] + 'dt_projs_diag' in state_dict:
             prefix, _, name = key.rpartition('conv_')
             for s, part in enumerate(value.split(1)):
                 out[f'{prefix}conv1d.{s}.{name}'] = part.clone()
