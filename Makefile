@@ -1,29 +1,30 @@
-# make demo | test | lint | bench: each sets itself up on a fresh clone; needs Python 3.10+ with venv, and a C++ compiler.
+# make demo | test | lint | bench | wheels: each sets itself up on a fresh clone; needs Python 3.10+ with venv. The tests
+# build mmcv, which needs a C++ compiler; the CPU scan brings its own, from PyPI.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+SCAN := $(addprefix vim2/ops/cpu/,build.py scan.cpp vectors.h)
+WHEELS := manylinux_2_17_x86_64 manylinux_2_17_aarch64 macosx_11_0_arm64 win_amd64
 JOBS ?= 2
 SCAN_ARGS ?=
 BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench wheels clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## install the package and what it needs into .venv
 
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt $(SCAN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than Python 3.10: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): PyTorch is large, this takes some minutes"
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tools]'
-	@echo "compiling the CPU scan"
-	@$(PY) -c "import timm, torch, vim2; torch.set_grad_enabled(False); timm.create_model('vim2_nano_patch2_32').eval()(torch.zeros(1, 3, 32, 32))"
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
@@ -46,6 +47,10 @@ bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON
 	$(PY) tools/benchmark.py scan $(SCAN_ARGS) --json
 	$(PY) tools/benchmark.py model $(BENCH_MODELS) --json
 
+wheels: $(STAMP)  ## a wheel for each of Linux x86-64 and aarch64, macOS arm64 and Windows x86-64, in dist/
+	for platform in $(WHEELS); do \
+		VIM2_PLATFORM=$$platform $(PY) -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; done
+
 clean:  ## remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) build dist *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,43 @@
-"""Packaging of vim2."""
+"""Packaging of vim2.
+
+A wheel holds the CPU scan's libraries, for one platform and every Python. VIM2_PLATFORM (a key of PLATFORMS in
+vim2/ops/cpu/build.py) builds it for another platform than this machine's: `make wheels`.
+"""
+import os
 import re
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+SCAN = runpy.run_path(str(ROOT / 'vim2/ops/cpu/build.py'))
+PLATFORM = os.environ.get('VIM2_PLATFORM')
+if PLATFORM and PLATFORM not in SCAN['PLATFORMS']:
+    raise SystemExit(f"VIM2_PLATFORM={PLATFORM}: choose one of {', '.join(SCAN['PLATFORMS'])}")
+TARGET = PLATFORM or SCAN['this_platform']()
+LIBRARIES = SCAN['libraries'](TARGET)  # file name: instruction set
+
+
+class BuildLibraries(build_ext):
+    """The scan's libraries take the place of extension modules, which setuptools knows how to install."""
+
+    def get_ext_filename(self, fullname):
+        package, _, name = fullname.rpartition('.')
+        return os.path.join(*package.split('.'), next(file for file in LIBRARIES if file.startswith(name + '.')))
+
+    def build_extension(self, ext):
+        output = Path(self.get_ext_fullpath(ext.name))
+        SCAN['compile_library'](LIBRARIES[output.name], output, TARGET)
+
+
+class PlatformWheel(bdist_wheel):
+    """The libraries know neither Python nor torch."""
+
+    def get_tag(self):
+        return 'py3', 'none', PLATFORM or super().get_tag()[2]
 
 EXTRAS = {
     # what tools/*.py import beyond the package itself
@@ -17,7 +50,8 @@ EXTRAS = {
     'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'pyyaml>=6.0', 'tqdm>=4.60', 'neuralforecast>=3.3'],
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
-    'darts>=0.48', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9']
+    'darts>=0.48', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9',
+    'ziglang>=0.14']  # python vim2/ops/cpu/build.py
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
 CONFIGS = {'vim2.configs.detection': 'detection/configs', 'vim2.configs.segmentation': 'segmentation/configs'}
@@ -39,13 +73,16 @@ setup(
     ],
     packages=find_packages(include=['vim2', 'vim2.*']) + list(CONFIGS),
     package_dir={'vim2': 'vim2', **CONFIGS},
-    package_data={'vim2': ['weights/*.safetensors', 'weights/*.json', 'weights/*/*.safetensors', 'weights/*/*.json']},
+    ext_modules=[Extension('vim2.ops.cpu.' + Path(file).stem, []) for file in LIBRARIES],
+    cmdclass={'build_ext': BuildLibraries, 'bdist_wheel': PlatformWheel},
+    options={'build': {'build_base': f'build/{PLATFORM}'}} if PLATFORM else {},
+    package_data={'vim2.ops.cpu': ['*.cpp', '*.h'],
+                  'vim2': ['weights/*.safetensors', 'weights/*.json', 'weights/*/*.safetensors', 'weights/*/*.json']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',
         'torchvision>=0.21',
         'timm>=1.0.26',
-        'numba>=0.60',
         'numpy>=1.26',
         'filelock>=3.12',
         'safetensors>=0.4',

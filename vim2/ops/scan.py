@@ -15,10 +15,7 @@ float32 whatever the inputs' dtypes (float64 if the reference gets float64); out
 Step sizes of low rank R come as two factors, delta (B, K, R, H, W) and delta_weight (K, E, R). Their product is formed
 for the forward and again for the backward: what autograd keeps in between is R / E of it.
 """
-import contextlib
-import functools
 import importlib.util
-import math
 import os
 import warnings
 from typing import List, Optional, Sequence, Tuple, Union
@@ -26,19 +23,16 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .low_rank import contract_delta, expand_delta
 from .reference import arithmetic_dtype, scan_reference, scan_reference_backward
 
 __all__ = ['available_backends', 'cross_selective_scan', 'selective_scan']
 
 BACKENDS = ('reference', 'cpu', 'triton')
 BACKEND_ENV = 'VIM2_SCAN_BACKEND'
-# Steps between two saved states: the backward recomputes the states inside a chunk from the one at its start.
-CHUNK = 64
 _GPU_TYPES = ('cuda', 'xpu')  # ROCm's device type is 'cuda' too
-_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _warned = set()
 
 
@@ -46,21 +40,9 @@ def _missing(backend: str, tensors: Sequence[Tensor]) -> Optional[str]:
     """What keeps `backend` from running on these tensors, in words; None if nothing does."""
     if backend == 'reference':
         return None
-    device = tensors[0].device.type
-    package = {'cpu': 'numba', 'triton': 'triton'}[backend]
-    if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed (pip install {package})"
-    if backend == 'cpu' and device != 'cpu':
-        return f"it needs CPU tensors, these are on '{device}'"
-    if backend == 'triton':
-        if importlib.util.find_spec('vim2.ops.triton_scan') is None:
-            return 'this release of vim2 has no Triton kernels yet'
-        from .triton_scan import missing
-        return missing(tensors)
-    for t in tensors:
-        if t.dtype not in _FUSED_DTYPES:
-            return f'it takes float32, float16 and bfloat16, not {t.dtype}'
-    return None
+    if backend == 'triton' and importlib.util.find_spec('triton') is None:
+        return 'the package triton is not installed (pip install triton)'
+    return _backend_module(backend).missing(tensors)
 
 
 _exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # older than 2.7: none
@@ -123,50 +105,6 @@ def _backend_module(name: str):
     return triton_scan
 
 
-def _without_autocast(device: str):
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta tensors have none
-    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
-
-
-def expand_delta(delta: Tensor, delta_weight: Optional[Tensor], u: Tensor, memory: Optional[Tensor] = None) -> Tensor:
-    """The step sizes (B, K, E, H, W) of delta (B, K, R, H, W) and delta_weight (K, E, R), in delta's dtype.
-
-    Channels are contiguous if u's are, else positions are. Without a weight, delta is what it is.
-
-    Args:
-        memory: (n,), n >= B K E H W, where they are written. Default: new memory.
-    """
-    if delta_weight is None:
-        return delta
-    batch, directions, rank, height, width = delta.shape
-    weight, dim = delta_weight.to(delta.dtype), delta_weight.shape[1]
-    out = None if memory is None else memory[:batch * directions * dim * height * width]
-    with _without_autocast(u.device.type):
-        if u.stride(1) == 1:
-            rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
-            full = torch.bmm(rows, weight.transpose(1, 2), out=None if out is None else out.view(*rows.shape[:2], dim))
-            return full.reshape(directions, batch, height, width, dim).permute(1, 0, 4, 2, 3)
-        columns = delta.flatten(3)
-        out = None if out is None else out.view(batch, directions, dim, height * width)
-        return torch.matmul(weight, columns, out=out).unflatten(3, (height, width))
-
-
-def contract_delta(grad: Tensor, delta: Tensor, delta_weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gradients of both factors of :func:`expand_delta` from that of their product."""
-    batch, directions, rank, height, width = delta.shape
-    grad, weight = grad.to(delta.dtype), delta_weight.to(delta.dtype)
-    with _without_autocast(delta.device.type):
-        if grad.stride(2) == 1:
-            rows = delta.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, rank)
-            grad = grad.permute(1, 0, 3, 4, 2).reshape(directions, batch * height * width, -1)
-            grad_delta = torch.bmm(grad, weight).reshape(directions, batch, height, width, rank).permute(1, 0, 4, 2, 3)
-            grad_weight = torch.bmm(grad.transpose(1, 2), rows)
-        else:
-            grad_delta = torch.matmul(weight.transpose(1, 2), grad.flatten(3)).unflatten(3, (height, width))
-            grad_weight = torch.matmul(grad.flatten(3), delta.flatten(3).transpose(2, 3)).sum(0)
-    return grad_delta, grad_weight
-
-
 def _present(*tensors: Optional[Tensor]) -> List[Tensor]:
     return [t for t in tensors if t is not None]
 
@@ -220,27 +158,6 @@ def _scan_backward(
     return (*grads, torch.empty_like(delta_weight).copy_(grad_weight))
 
 
-def channel_blocks(dim: int, groups_b: int, groups_c: int) -> Tuple[int, int, int]:
-    """How the fused CPU kernel cuts the channels into blocks of at most 16, none of which crosses a group's border.
-
-    Returns:
-        (groups, channels per group, blocks per group), for the coarsest groups within which B and C are both shared.
-    """
-    groups = groups_b if groups_b == groups_c else math.lcm(groups_b, groups_c)
-    width = dim // groups
-    return groups, width, (width + 15) // 16
-
-
-def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
-    """Shape of the states that the CPU backend saves for its backward: (B, K, chunks, blocks, N, 16), flattened.
-
-    One dimension, because torch.export fixes a dimension that happens to be 1, and at small images `chunks` is.
-    """
-    chunks = (u.shape[2] * u.shape[3] + CHUNK - 1) // CHUNK
-    groups, _, blocks = channel_blocks(u.shape[1], B.shape[2], C.shape[2])
-    return (u.shape[0] * A.shape[0] * chunks * groups * blocks * A.shape[2] * 16,)
-
-
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last_state, save_states, backend,
       delta_weight=None):
@@ -249,7 +166,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, want_last
                        dtype=arithmetic_dtype(u, delta, A, B, C, D, z, delta_bias))
     shape = (0,)
     if save_states and name != 'reference':
-        shape = states_shape(u, A, B, C) if name == 'cpu' else _backend_module(name).states_shape(u, A, B, C)
+        shape = _backend_module(name).states_shape(u, A, B, C)
     return torch.empty_like(u), last, u.new_empty(shape, dtype=torch.float32)
 
 
@@ -278,10 +195,7 @@ def _autograd_backward(ctx, grad_out, grad_last, grad_states):
         grad_last = None
     if grad_out is None:
         grad_out = torch.zeros_like(u)
-    # Where nothing asks for the operator, the function that it is made of: see `_calls`.
-    direct = not torch.is_grad_enabled() and _plain_thread() and all(
-        map(_plain, _present(grad_out, grad_last, *saved)))
-    grads = (_scan_backward._init_fn if direct else torch.ops.vim2.scan_backward)(
+    grads = torch.ops.vim2.scan_backward(
         grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, states,
         ctx.delta_softplus, ctx.directions, ctx.backend, delta_weight)
     given = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
@@ -413,79 +327,6 @@ def _as_scanned(t: Tensor, batch: int) -> Tensor:
     return t.unsqueeze(1).unsqueeze(-2)
 
 
-# PyTorch's dispatcher takes half as long, there and back, as a short scan. In eager inference on a CPU, the second
-# call of a kind goes straight to the kernel, with what the first, which took that way, has checked and worked out.
-_calls = {}  # by all that tells calls apart but the tensors' addresses: functions of the tensors
-_MOST_CALLS = 1024
-_OPTIONS = frozenset([bool, str, type(None)])
-
-
-def _plain_keys() -> Tuple[frozenset, frozenset]:
-    """The dispatch keys, as numbers, of an ordinary thread and of an ordinary CPU tensor, in and out of inference mode.
-
-    A mode that sees operators (FakeTensorMode, make_fx, vmap, jit.trace, ...) adds a key to its thread. A tensor that
-    is another device's, sparse, to be negated when read, or wrapped by a transform or subclass has another key itself.
-    """
-    def number(*names: str) -> int:
-        sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
-        return functools.reduce(lambda a, b: a | b, sets).raw_repr()
-
-    try:
-        torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_keys(torch.empty(0))
-        torch._C._autograd._profiler_enabled(), forward_ad._current_level
-        return (frozenset([number('BackendSelect'), number('BackendSelect', 'ADInplaceOrView')]),
-                frozenset([number('CPU', 'AutocastCPU'),
-                           number('CPU', 'AutocastCPU', 'ADInplaceOrView', 'AutogradCPU')]))
-    except (AttributeError, TypeError):  # not public: a PyTorch without them sends every call through the operator
-        return frozenset(), frozenset()
-
-
-_PLAIN_THREAD, _PLAIN_TENSOR = _plain_keys()
-
-
-def _plain_thread() -> bool:
-    """Whether nothing on this thread asks for the operator: no mode, no profiler, no forward-mode derivatives."""
-    return (not torch.compiler.is_compiling() and bool(_PLAIN_THREAD)
-            and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_THREAD
-            and not torch._C._autograd._profiler_enabled() and forward_ad._current_level < 0)
-
-
-def _plain(t: Tensor) -> bool:
-    """Whether a tensor is no more than memory of this machine."""
-    return isinstance(t, Tensor) and torch._C._dispatch_keys(t).raw_repr() in _PLAIN_TENSOR
-
-
-def _key(tensors: Sequence[Optional[Tensor]], options: tuple) -> Optional[tuple]:
-    """The key of a call in `_calls`, or None if only the operator will do."""
-    if _needs_grad(tensors) or not _plain_thread() or not _OPTIONS.issuperset(map(type, options)):
-        return None
-    key = [options, os.environ.get(BACKEND_ENV), torch.get_num_threads()]
-    for t in tensors:
-        if t is None:
-            key.append(None)
-        elif _plain(t):
-            key += t.dtype, t.shape, t.stride()
-        else:
-            return None
-    return tuple(key)
-
-
-@torch.jit.ignore
-def _remember(key: Optional[tuple], tensors: Sequence[Optional[Tensor]], delta_weight: Optional[Tensor], softplus: bool,
-              directions: List[int], backend: str, out: Tensor, last: Optional[Tensor]) -> None:
-    """Keep what the next call of this kind needs, if the CPU backend ran this one.
-
-    Args:
-        key: the call's; None: the next one takes the same way.
-        tensors: the operator's, u to delta_bias.
-        out, last: its results.
-    """
-    if key is not None and _resolve(backend, _present(*tensors)) == 'cpu':
-        if len(_calls) >= _MOST_CALLS:
-            _calls.clear()
-        _calls[key] = _backend_module('cpu').prepared(tensors, softplus, directions, out, last, delta_weight)
-
-
 # TorchScript compiles no keyword-only arguments: the layers call `sequence_scan` and `map_scan`, the public functions
 # are these with the signature that people expect.
 
@@ -510,13 +351,6 @@ def sequence_scan(
         if has_torch_function(tensors):
             return handle_torch_function(sequence_scan, tensors, *tensors[:-1], delta_softplus, return_last_state,
                                          reverse, backend, delta_weight)
-        key = _key(tensors, (delta_softplus, return_last_state, reverse, backend))
-        call = None if key is None else _calls.get(key)
-        if call is not None:
-            if delta_weight is not None:
-                delta, delta_weight = delta.unsqueeze(1).unsqueeze(3), delta_weight.unsqueeze(0)
-            out, last = call(u, delta, A, B, C, D, z, delta_bias, delta_weight)
-            return out.squeeze(2), last.squeeze(1) if return_last_state else last
         _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
         backend = _known_to_graphs(backend)
     batch, directions = u.shape[0], [2 if reverse else 0]
@@ -528,8 +362,6 @@ def sequence_scan(
     out, last, _ = torch.ops.vim2.scan(
         *scanned, delta_softplus, directions, return_last_state,
         _needs_grad([u, delta, A, B, C, D, z, delta_bias, delta_weight]), backend, weight)
-    if not torch.jit.is_scripting():
-        _remember(key, scanned, weight, delta_softplus, directions, backend, out, last)
     return out.squeeze(2), last.squeeze(1) if return_last_state else last
 
 
@@ -550,10 +382,6 @@ def map_scan(
         tensors = (x, delta, A, B, C, D, delta_bias, delta_weight)
         if has_torch_function(tensors):
             return handle_torch_function(map_scan, tensors, *tensors[:-1], delta_softplus, backend, delta_weight)
-        key = _key(tensors, (delta_softplus, backend))
-        call = None if key is None else _calls.get(key)
-        if call is not None:
-            return call(x, delta, A, B, C, D, None, delta_bias, delta_weight)[0]
         _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
         backend = _known_to_graphs(backend)
     scanned = (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias)
@@ -562,8 +390,6 @@ def map_scan(
     out, _, _ = torch.ops.vim2.scan(
         *scanned, delta_softplus, directions, False,
         _needs_grad([x, delta, A, B, C, D, delta_bias, delta_weight]), backend, delta_weight)
-    if not torch.jit.is_scripting():
-        _remember(key, scanned, delta_weight, delta_softplus, directions, backend, out, None)
     return out
 
 
