@@ -10,6 +10,7 @@ import io
 import os
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -114,15 +115,17 @@ class NpzImages(torch.utils.data.Dataset):
 
     def _decode_all(self, verbose: bool) -> np.ndarray:
         cache = None
-        for row, i in enumerate(progress(self.indices, desc=f'decoding {self.path.name}', unit='image',
-                                         disable=not verbose)):
-            image = np.asarray(self._decode(i))
-            if cache is None:
-                cache = np.empty((len(self.indices), *image.shape), np.uint8)
-            if image.shape != cache.shape[1:]:
-                raise UserError(f'{self.path}: {self._describe(i)} is {image.shape[1]}x{image.shape[0]}, earlier ones '
-                                f'are {cache.shape[2]}x{cache.shape[1]}: --cache-images needs images of one size')
-            cache[row] = image
+        with ThreadPoolExecutor() as pool:  # PIL's decoders release Python's lock
+            images = progress(pool.map(lambda i: np.asarray(self._decode(i)), self.indices), total=len(self.indices),
+                              desc=f'decoding {self.path.name}', unit='image', disable=not verbose)
+            for row, image in enumerate(images):
+                if cache is None:
+                    cache = np.empty((len(self.indices), *image.shape), np.uint8)
+                if image.shape != cache.shape[1:]:
+                    raise UserError(f'{self.path}: {self._describe(self.indices[row])} is '
+                                    f'{image.shape[1]}x{image.shape[0]}, earlier ones are '
+                                    f'{cache.shape[2]}x{cache.shape[1]}: --cache-images needs images of one size')
+                cache[row] = image
         self.data = None
         return cache
 

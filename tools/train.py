@@ -23,6 +23,7 @@ import io
 import logging
 import math
 import os
+import random
 import shutil
 import sys
 import time
@@ -41,6 +42,7 @@ from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, init_distributed_device
+from torch.nn import functional as F
 
 import _common as common
 import _data as data
@@ -124,6 +126,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--crop-padding', type=int, default=4, metavar='PX', help='pixels around the image in the pad crop')
     g.add_argument('--scale', type=float, nargs=2, metavar='X', help='area range of the crop (default: 0.08 1.0)')
     g.add_argument('--ratio', type=float, nargs=2, metavar='X', help='aspect range of the crop (default: 0.75 1.333)')
+    g.add_argument('--train-sizes', type=int, nargs='+', metavar='PX',
+                   help='each training batch at one of these sizes, drawn at random, resized on the device from '
+                        '--img-size: weights that hold at all of them')
     g.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
     g.add_argument('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
     g.add_argument('--color-jitter', type=float, metavar='X', help='color jitter; timm skips it where --aa is on')
@@ -146,7 +151,8 @@ def get_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group('weight averaging')
     g.add_argument('--model-ema', action=_flag, default=False, help='evaluate and export averaged weights')
     g.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='its decay per update')
-    g.add_argument('--model-ema-warmup', action=_flag, default=False, help='let the decay grow from 0')
+    g.add_argument('--model-ema-warmup', action=_flag, default=True,
+                   help='let the decay grow from 0: short runs would average in their random start')
 
     g = parser.add_argument_group('precision and hardware')
     common.add_precision_arguments(g)
@@ -226,6 +232,8 @@ def check_args(args: argparse.Namespace) -> None:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f'mixup and CutMix pair images: --batch-size must be even, got {args.batch_size}')
     common.image_size(args.img_size)
+    if args.train_sizes and min(args.train_sizes) < 1:
+        raise UserError(f'--train-sizes must be positive, got {min(args.train_sizes)}')
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -266,6 +274,7 @@ class Progress:
         self.samples = 0
         self.best_metric: Optional[float] = None
         self.best_epoch: Optional[int] = None
+        self.best_kind = 'weights'  # or 'averaged weights'
         self.train_seconds = 0.
 
     def state_dict(self) -> Dict[str, Any]:
@@ -338,6 +347,15 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------- training
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """A batch (B, C, H, W) with its shorter side `size`, as evaluation at that size would resize the images."""
+    height, width = images.shape[-2:]
+    size = tuple(max(1, round(n * size / min(height, width))) for n in (height, width))
+    if size == (height, width):
+        return images
+    return F.interpolate(images, size=size, mode='bilinear', antialias=True)
+
 
 class Trainer:
     """One training run in one process (of several, under torchrun)."""
@@ -593,14 +611,26 @@ class Trainer:
             train = self.train_epoch()
             self.finish_epoch(train)
         if self.primary:
-            folder = self.run.export(self.ema.module if self.ema is not None else self.model, self.label_names)
-            best = ''
+            self.take_best()
+            folder = self.run.export(self.model, self.label_names)
+            what = 'the weights of the last epoch, which were never evaluated'
             if p.best_metric is not None:
-                best = f'; best {args.eval_metric} {p.best_metric:.3f} in epoch {p.best_epoch}'
-            self.log(f'done{best}. Weights: {folder}')
+                what = (f'the {p.best_kind} of epoch {p.best_epoch}, the best that were evaluated: '
+                        f'{args.eval_metric} {p.best_metric:.3f}')
+            self.log(f'done. Exported to {folder}: {what}')
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
+
+    def take_best(self) -> None:
+        """Put the weights that were evaluated best into the model."""
+        p = self.progress
+        state = {'state_dict': self.model.state_dict()}
+        if p.best_epoch is not None and p.best_epoch + 1 < p.epoch:
+            state = read_training_checkpoint(str(self.run.folder / 'best.pth.tar'))
+        elif self.ema is not None:
+            state['state_dict_ema'] = self.ema.module.state_dict()
+        self.model.load_state_dict(state['state_dict_ema' if p.best_kind == 'averaged weights' else 'state_dict'])
 
     @staticmethod
     def describe(dataset) -> str:
@@ -641,6 +671,8 @@ class Trainer:
                     images = self.erasing(images)
                 if self.mixup is not None:
                     images, target = self.mixup(images, target)
+                if args.train_sizes:
+                    images = resize(images, random.choice(args.train_sizes))
                 images = images.contiguous(memory_format=self.memory_format)
                 sync = nullcontext() if need_update or not self.distributed else self.train_model.no_sync()
                 with sync:
@@ -658,7 +690,7 @@ class Trainer:
                 self.optimizer.zero_grad()
                 if self.ema is not None:
                     self.ema.update(self.model, step=p.updates)
-                lr = self.optimizer.param_groups[0]['lr']
+                lr = self.top_rate()
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=p.updates)
                 bar.update()
@@ -710,31 +742,40 @@ class Trainer:
                 dispatch_clip_grad(self.parameters, value=args.clip_grad, mode=args.clip_mode)
             self.optimizer.step()
 
+    def top_rate(self) -> float:
+        """The learning rate of the last layers: with --layer-decay the first group's is far below it."""
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
     def check_finite(self, loss_sum: float, epoch: int, batch: int) -> None:
         if not math.isfinite(loss_sum):
             raise UserError(f'the loss is {loss_sum} in epoch {epoch} by batch {batch}: training diverged. The last '
                             f'checkpoint in {self.run.folder} is from before it; a lower --lr, --clip-grad or bfloat16 '
                             'may help')
 
+    def evaluate(self, model: torch.nn.Module, epoch: int) -> Dict[str, float]:
+        return validation.evaluate(
+            model, self.val_loader, self.device, self.autocast, distributed=self.distributed,
+            memory_format=self.memory_format, progress=self.primary and not self.args.no_progress,
+            desc=f'evaluate {epoch}')
+
     def finish_epoch(self, train: Dict[str, float]) -> None:
         """Evaluate, write the summary, step the schedule, save."""
         args, p = self.args, self.progress
         epoch, best, line, row = p.epoch, False, '', {}
-        lr = self.optimizer.param_groups[0]['lr']
+        lr = self.top_rate()
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == self.epochs:
-            model = self.ema.module if self.ema is not None else self.model
-            metrics = validation.evaluate(
-                model, self.val_loader, self.device, self.autocast, distributed=self.distributed,
-                memory_format=self.memory_format, progress=self.primary and not args.no_progress,
-                desc=f'evaluate {epoch}')
-            metric = metrics[args.eval_metric]
+            found = {'weights': self.evaluate(self.model, epoch)}
+            if self.ema is not None:
+                found['averaged weights'] = self.evaluate(self.ema.module, epoch)
             sign = -1 if args.eval_metric == 'loss' else 1
+            kind = max(found, key=lambda k: sign * found[k][args.eval_metric])
+            metric = found[kind][args.eval_metric]
             best = p.best_metric is None or sign * metric > sign * p.best_metric
             if best:
-                p.best_metric, p.best_epoch = metric, epoch
-            line = f', top1 {metrics["top1"]:.2f} top5 {metrics["top5"]:.2f} loss {metrics["loss"]:.4f}' + \
-                   (' (EMA)' if self.ema is not None else '') + (' *' if best else '')
-            row = {f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5')}
+                p.best_metric, p.best_epoch, p.best_kind = metric, epoch, kind
+            line = ''.join(f', top1 {m["top1"]:.2f} top5 {m["top5"]:.2f} loss {m["loss"]:.4f}'
+                           + (f' ({k})' if len(found) > 1 else '') for k, m in found.items()) + (' *' if best else '')
+            row = {f'eval_{k}': found[kind][k] for k in ('loss', 'top1', 'top5')}
         else:
             metric = None
         self.log(f'epoch {epoch}: train loss {train["loss"]:.4f}{line}, lr {lr:.2e}, {train["img_s"]:.0f} img/s, '
