@@ -458,3 +458,14 @@ def test_dynamic_quantization_of_every_linear():
         small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
         assert not linears_of(small)
         assert rrmse(small(x), plain) < 0.05
+
+
+def test_int8_weights_of_torchao():
+    torchao = pytest.importorskip('torchao.quantization', reason='torchao is not installed')
+    torch.manual_seed(0)
+    for model, x in models_with_linears():
+        plain = model.eval()(x)
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        for name, linear in linears_of(model).items():
+            assert type(linear.weight) is not torch.nn.Parameter, name
+        assert rrmse(model(x), plain) < 0.02

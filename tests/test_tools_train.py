@@ -78,15 +78,58 @@ def test_training_learns_and_says_so(trained):
     assert load(folder / 'best.pth.tar')['progress']['best_metric'] == max(float(r['eval_top1']) for r in rows)
 
 
-def test_exported_model_is_the_averaged_weights(trained):
-    folder, _ = trained
-    checkpoint = load(folder / 'last.pth.tar')
+def test_exported_model_is_what_was_evaluated_best(trained):
+    """Of all epochs and both kinds of weights; the tool says which."""
+    folder, printed = trained
+    checkpoint = load(folder / 'best.pth.tar')
+    progress = checkpoint['progress']
+    kind = {'weights': 'state_dict', 'averaged weights': 'state_dict_ema'}[progress['best_kind']]
     model = timm.create_model(f'local-dir:{folder / "model"}', pretrained=True, img_size=32, patch_size=8)
-    state = model.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in checkpoint['state_dict_ema'].items())
-    assert not all(torch.equal(v, state[k]) for k, v in checkpoint['state_dict'].items())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint[kind].items())
+    assert printed.splitlines()[-1].endswith(
+        f'the {progress["best_kind"]} of epoch {progress["best_epoch"]}, the best that were evaluated: '
+        f'top1 {progress["best_metric"]:.3f}')
     cfg = model.pretrained_cfg
     assert tuple(cfg['label_names']) == CLASSES and cfg['num_classes'] == 4 and tuple(cfg['input_size']) == (3, 32, 32)
+
+
+def test_average_warms_up(npz_dir, tmp_path, tool):
+    """A run that is short beside the average's memory: its random start does not stay in the average."""
+    result = tool('train', *options(npz_dir, tmp_path, '--epochs', 3, '--lr', '3e-3', '--model-ema',
+                                    '--model-ema-decay', 0.9999))
+    assert result.code == 0, result.err
+    checkpoint, model = load(tmp_path / 'run' / 'last.pth.tar'), timm.create_model(
+        'test_vit', img_size=32, patch_size=8, num_classes=4)
+    train.data.seed_everything(42, 0)
+    start = timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4).state_dict()
+    name = next(n for n, p in model.named_parameters() if p.ndim == 2)
+    to_start, to_end = ((checkpoint['state_dict_ema'][name] - state[name]).norm()
+                        for state in (start, checkpoint['state_dict']))
+    assert to_end < to_start
+
+
+def test_layer_decay_logs_the_top_rate(npz_dir, tmp_path, tool):
+    result = tool('train', *options(npz_dir, tmp_path, '--epochs', 1, '--lr', '1e-3', '--layer-decay', 0.5,
+                                    '--sched', 'constant'))
+    assert result.code == 0, result.err
+    assert 'lr 1.00e-03' in result.out
+
+
+def test_train_sizes(npz_dir, tmp_path, tool, monkeypatch):
+    sizes = set()
+    forward = timm.models.vision_transformer.VisionTransformer.forward
+
+    def watched(self, x):
+        if self.training:
+            sizes.add(tuple(x.shape[-2:]))
+        return forward(self, x)
+
+    monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, 'forward', watched)
+    model = ('--model', 'test_vit', '--model-kwargs', 'img_size=32', 'patch_size=8', 'dynamic_img_size=True',
+             '--img-size', '32')
+    result = tool('train', *options(npz_dir, tmp_path, '--epochs', 2, '--train-sizes', 24, 32, 48, model=model))
+    assert result.code == 0, result.err
+    assert sizes == {(24, 24), (32, 32), (48, 48)}
 
 
 def test_checkpoints_load_with_timm(trained):
