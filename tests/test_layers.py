@@ -381,14 +381,30 @@ def test_parameters_of_version_0_1_0():
 
 
 @pytest.mark.parametrize('reverse', [False, True])
-def test_channel_conv_is_a_convolution(reverse):
+@pytest.mark.parametrize('channels', [9, 2, 1])
+def test_channel_conv_is_a_convolution(reverse, channels):
+    """Values, every kind of derivative, and the same from graphs; also with fewer channels than taps."""
     torch.manual_seed(0)
-    conv = ChannelConv(4, reverse=reverse)
-    x = torch.randn(2, 5, 9)
-    rows = x.reshape(10, 1, 9)
-    expected = F.conv1d(F.pad(rows.flip(2) if reverse else rows, (3, 0)), conv.weight, conv.bias)
-    expected = (expected.flip(2) if reverse else expected).reshape(2, 5, 9)
-    torch.testing.assert_close(conv(x), expected)
+    conv = ChannelConv(4, reverse=reverse).double()
+    x = torch.randn(2, 5, channels, dtype=torch.float64)
+
+    def convolved(x, weight, bias):
+        rows = x.reshape(10, 1, channels)
+        y = F.conv1d(F.pad(rows.flip(2) if reverse else rows, (3, 0)), weight, bias)
+        return (y.flip(2) if reverse else y).reshape(2, 5, channels)
+
+    def ours(x, weight, bias):
+        return torch.func.functional_call(conv, dict(weight=weight, bias=bias), (x,))
+
+    inputs = tuple(t.detach().requires_grad_() for t in (x, conv.weight, conv.bias))
+    torch.testing.assert_close(ours(*inputs), convolved(*inputs))
+    assert torch.autograd.gradcheck(ours, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(ours, inputs)
+    jacobians = [torch.func.jacrev(f, (0, 1))(*(t.detach() for t in inputs)) for f in (ours, convolved)]
+    for a, b in zip(*jacobians):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.jit.script(conv)(x), convolved(*inputs))
+    torch.testing.assert_close(torch.fx.symbolic_trace(conv)(x), convolved(*inputs))
 
 
 class LowRank(torch.nn.Module):

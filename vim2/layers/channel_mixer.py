@@ -20,6 +20,56 @@ torch.fx.wrap('average_pool_matrix')
 torch.fx.wrap('interpolate_matrix')
 
 
+def _taps(x: Tensor, weight: Tensor, reverse: bool) -> Tensor:
+    """Causal convolution of the last dimension of x (..., E) with one filter (T,), by T shifted multiply-adds.
+
+    Args:
+        reverse: from the last channel to the first: the same as to flip the channels, convolve, and flip back.
+    """
+    T, E = weight.shape[0], x.shape[-1]
+    taps = weight.unbind()  # 0-dim tensors take part in no type promotion
+    y = x * taps[T - 1]
+    for shift in range(1, min(T, E)):
+        if reverse:
+            y[..., :E - shift].addcmul_(x[..., shift:], taps[T - 1 - shift])
+        else:
+            y[..., shift:].addcmul_(x[..., :E - shift], taps[T - 1 - shift])
+    return y
+
+
+class _ChannelTaps(torch.autograd.Function):
+    """:func:`_taps` with its gradient written out: autograd's of the shifted views takes two to four times as long."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, reverse: bool) -> Tensor:
+        return _taps(x, weight, reverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.reverse = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        T, E = weight.shape[0], x.shape[-1]
+        sums = []
+        for shift in range(T - 1, -1, -1):
+            a, b = (x, grad) if not ctx.reverse else (grad, x)
+            kept = max(E - shift, 0)
+            sums.append((a[..., :kept] * b[..., E - kept:]).sum(dtype=weight.dtype))
+        return _ChannelTaps.apply(grad, weight, not ctx.reverse), torch.stack(sums), None
+
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent, _):
+        x, weight = ctx.saved_tensors
+        parts = [] if x_tangent is None else [_ChannelTaps.apply(x_tangent, weight, ctx.reverse)]
+        parts += [] if weight_tangent is None else [_ChannelTaps.apply(x, weight_tangent, ctx.reverse)]
+        return sum(parts[1:], parts[0])
+
+
 class ChannelConv(nn.Conv1d):
     """A causal convolution along the channels: one filter, shared by the tokens.
 
@@ -46,14 +96,25 @@ class ChannelConv(nn.Conv1d):
         Returns:
             (..., E).
         """
+        weight = self.weight.reshape(self.taps)
+        if torch.jit.is_scripting():
+            y = self._padded(x, weight)
+        elif torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+            y = self._padded(x, weight)  # graphs get plain operators; torch.fx traces with proxies
+        else:
+            y = _ChannelTaps.apply(x, weight, self.reverse)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _padded(self, x: Tensor, weight: Tensor) -> Tensor:
+        """:func:`_taps` without writing in place."""
         E, last = x.shape[-1], self.taps - 1
         x = F.pad(x, (0, last) if self.reverse else (last, 0))
-        taps = self.weight.reshape(self.taps).unbind()  # 0-dim: they take part in no type promotion
+        taps = weight.unbind()
         y = x[..., :E] * taps[last if self.reverse else 0]
         for i in range(1, self.taps):
             y = torch.addcmul(y, x[..., i:i + E], taps[last - i if self.reverse else i])
-        bias = self.bias
-        return y if bias is None else y + bias.to(y.dtype)
+        return y
 
 
 def _conv_silu(conv: nn.Module, x: Tensor) -> Tensor:
