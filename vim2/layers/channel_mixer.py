@@ -107,13 +107,15 @@ class ChannelConv(nn.Conv1d):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _padded(self, x: Tensor, weight: Tensor) -> Tensor:
-        """:func:`_taps` without writing in place."""
+        """:func:`_taps` to the bit, without writing in place."""
         E, last = x.shape[-1], self.taps - 1
         x = F.pad(x, (0, last) if self.reverse else (last, 0))
         taps = weight.unbind()
-        y = x[..., :E] * taps[last if self.reverse else 0]
-        for i in range(1, self.taps):
-            y = torch.addcmul(y, x[..., i:i + E], taps[last - i if self.reverse else i])
+        here = 0 if self.reverse else last  # where channel e stands in the padded row of the window of e
+        y = x[..., here:here + E] * taps[last]
+        for shift in range(1, self.taps):
+            start = here + shift if self.reverse else here - shift
+            y = torch.addcmul(y, x[..., start:start + E], taps[last - shift])
         return y
 
 
