@@ -13,10 +13,9 @@ import warnings
 import pytest
 import torch
 
-from vim2.ops import cross_selective_scan, selective_scan
-from vim2.ops import scan as scan_module
+from vim2.ops import available_backends, backends, cross_selective_scan, selective_scan
+from vim2.ops.functional import map_scan, sequence_scan
 from vim2.ops.reference import from_scan_order, scan_reference, to_scan_order
-from vim2.ops.scan import map_scan, sequence_scan
 
 BACKEND = os.environ.get('VIM2_TEST_BACKEND', 'cpu')
 DEVICE = os.environ.get('VIM2_TEST_DEVICE', 'cpu')
@@ -341,35 +340,40 @@ def test_written_out_backward_is_autograd():
     torch.testing.assert_close(actual, expected)
 
 
-def canonical(inputs, dtype=torch.float32, requires_grad=True):
-    """Arguments of torch.ops.vim2.scan for the inputs of a map, up to the backend."""
-    x, delta, A, B, C, D, bias = (t.to(DEVICE, dtype).requires_grad_(requires_grad) for t in inputs)
-    return (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, bias, True, [0, 1, 2, 3], True, True)
+def canonical(inputs, weight=None, dtype=torch.float32, requires_grad=True):
+    """The nine tensors of torch.ops.vim2.scan for the inputs of a map, and the options up to want_last_state."""
+    x, delta, A, B, C, D, bias, weight = (
+        None if t is None else t.to(DEVICE, dtype).requires_grad_(requires_grad) for t in (*inputs, weight))
+    return x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, bias, weight, True, [0, 1, 2, 3], True
+
+
+SMALL = map_inputs(batch=1, dim=5, height=3, width=4, states=2)
+OPCHECKED = [(SMALL, None), (low_rank(SMALL)[:-1], low_rank(SMALL)[-1])]
 
 
 @pytest.mark.parametrize('backend', ['reference', BACKEND])
 def test_opcheck(backend):
-    small = map_inputs(batch=1, dim=5, height=3, width=4, states=2)
-    torch.library.opcheck(torch.ops.vim2.scan.default, (*canonical(small), backend))
-    *factors, weight = low_rank(small)
-    weight = weight.to(DEVICE, torch.float32).requires_grad_()
-    torch.library.opcheck(torch.ops.vim2.scan.default, (*canonical(factors), backend, weight))
+    for inputs, weight in OPCHECKED:
+        torch.library.opcheck(torch.ops.vim2.scan.default, (*canonical(inputs, weight), backend))
+        torch.library.opcheck(torch.ops.vim2.scan_forward.default, (*canonical(inputs, weight), True, backend))
     u, delta, A, B, C, D, z, bias = (t.to(DEVICE, torch.float32).requires_grad_()
                                      for t in sequence_inputs(batch=1, dim=5, length=6, states=2))
     torch.library.opcheck(torch.ops.vim2.scan.default, (
         u.unsqueeze(2), delta[:, None, :, None], A[None], B[:, None, None, :, None], C[:, None, None, :, None], D[None],
-        z.unsqueeze(2), bias[None], True, [2], False, True, backend))
+        z.unsqueeze(2), bias[None], None, True, [2], False, backend))
 
 
 @pytest.mark.parametrize('backend', ['reference', BACKEND])
 def test_opcheck_backward(backend):
-    small = map_inputs(batch=1, dim=5, height=3, width=4, states=2)
-    *factors, weight = low_rank(small)
-    for inputs, weights in ((small, ()), (factors, (weight.to(DEVICE, torch.float32),))):
-        args = canonical(inputs, requires_grad=False)
-        out, last, states = torch.ops.vim2.scan(*args, backend, *weights)
+    """Few steps: the gradients' gradients, which are checked too, are a graph of as many nodes."""
+    inputs = map_inputs(batch=1, dim=2, height=1, width=2, states=1, directions=2)
+    for weight in (None, torch.ones(2, 2, 2)):
+        args = list(canonical(inputs, weight))
+        args[10] = [0, 3]
+        with torch.no_grad():
+            out, last, states = torch.ops.vim2.scan_forward(*args, True, backend)
         torch.library.opcheck(torch.ops.vim2.scan_backward.default, (
-            torch.randn_like(out), torch.randn_like(last), *args[:8], states, *args[8:10], backend, *weights))
+            torch.randn_like(out), torch.randn_like(last), *args[:9], states, *args[9:11], backend))
 
 
 class _Scan(torch.nn.Module):
@@ -647,7 +651,7 @@ def test_bad_low_rank():
 
 def test_backend_by_name(monkeypatch):
     inputs = GOOD['sequence_inputs']
-    with pytest.raises(ValueError, match="backend='cuda': no such backend; choose one of reference, cpu, triton"):
+    with pytest.raises(ValueError, match="backend='cuda': no such backend; choose one of cpu, triton, reference"):
         selective_scan(*inputs, backend='cuda')
     monkeypatch.setenv('VIM2_SCAN_BACKEND', 'fast')
     with pytest.raises(ValueError, match='VIM2_SCAN_BACKEND=fast: no such backend'):
@@ -655,11 +659,28 @@ def test_backend_by_name(monkeypatch):
     monkeypatch.delenv('VIM2_SCAN_BACKEND')
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run here: .*float64"):
         selective_scan(*(t.double() for t in inputs), backend='cpu')
+    monkeypatch.setattr(backends.load('cpu'), 'missing', lambda tensors: 'nobody built it')
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run here: nobody built it"):
+        selective_scan(*inputs, backend='cpu')
+    assert available_backends()[-1] == 'reference' and 'cpu' not in available_backends()
+
+
+def test_environment(monkeypatch):
+    """It chooses where no argument does."""
+    monkeypatch.delenv('VIM2_SCAN_BACKEND', raising=False)
+    inputs = [t.to(DEVICE) for t in GOOD['map_inputs']]
+    by_name = {name: cross_selective_scan(*inputs, True, backend=name) for name in ('reference', BACKEND)}
+    assert not torch.equal(*by_name.values())  # the last bits
+    for name, expected in by_name.items():
+        monkeypatch.setenv('VIM2_SCAN_BACKEND', name)
+        assert torch.equal(cross_selective_scan(*inputs, True), expected)
+        for other, its_own in by_name.items():
+            assert torch.equal(cross_selective_scan(*inputs, True, backend=other), its_own)
 
 
 def test_automatic_choice_falls_back_with_one_warning(monkeypatch):
     monkeypatch.delenv('VIM2_SCAN_BACKEND', raising=False)
-    monkeypatch.setattr(scan_module, '_warned', set())
+    monkeypatch.setattr(backends, '_warned', set())
     inputs = [t.double() for t in GOOD['sequence_inputs']]
     with pytest.warns(RuntimeWarning, match="'cpu' cannot run .*float64.*using the slow 'reference'"):
         out = selective_scan(*inputs)
@@ -670,7 +691,6 @@ def test_automatic_choice_falls_back_with_one_warning(monkeypatch):
 
 
 def test_not_differentiable_without_saved_states():
-    args = canonical(GOOD['map_inputs'])
-    out, _, _ = torch.ops.vim2.scan(*args[:-1], False, BACKEND)
+    out, _, _ = torch.ops.vim2.scan_forward(*canonical(GOOD['map_inputs']), False, BACKEND)
     with pytest.raises(RuntimeError, match='save_states=False'):
         out.sum().backward()

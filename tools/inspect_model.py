@@ -47,10 +47,10 @@ class _ScanRecorder(TorchDispatchMode):
         self.steps: Dict[Mixer, List[torch.Tensor]] = defaultdict(list)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.vim2.scan.default:
-            from vim2.ops.scan import expand_delta
-            delta, bias, softplus = args[1], args[7], args[8]
-            delta = expand_delta(delta, args[13] if len(args) > 13 else None, args[0]).detach().float()
+        if func in (torch.ops.vim2.scan_forward.default, torch.ops.vim2.scan.default):  # the latter in inference mode
+            from vim2.ops.low_rank import expand_delta
+            u, delta, bias, weight, softplus = args[0], args[1], args[7], args[8], args[9]
+            delta = expand_delta(delta, weight, u).detach().float()
             if bias is not None:
                 delta = delta + bias.float()[:, :, None, None]
             self.steps[self.current].append(F.softplus(delta) if softplus else delta)

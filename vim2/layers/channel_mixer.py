@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vim2.ops.scan import sequence_scan
+from vim2.ops.functional import sequence_scan
 from .grid import average_pool_matrix, interpolate_matrix
 from .legacy import upgrade_before_loading
 from .recompute import recomputed

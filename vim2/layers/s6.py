@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vim2.ops.scan import map_scan, sequence_scan
+from vim2.ops.functional import map_scan, sequence_scan
 
 __all__ = ['S6', 'init_s6_']
 

@@ -566,7 +566,7 @@ def forward(
         *,
         plan: Optional[Plan] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """The canonical scan, see `vim2.ops.scan`.
+    """The canonical scan, see `vim2.ops.operator`.
 
     Returns:
         out (B, E, H, W) in u's dtype and layout, the last states (B, K, E, N) float32 or an empty tensor, and the saved
