@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,47 @@ with _files['lock_folder']({str(tmp_path)!r}):
         (tmp_path / '.folder.123.tmp').mkdir()
         _files.remove_temporaries(tmp_path)
     assert [n for n in names(tmp_path) if n.endswith('.tmp') or 'owner' in n] == []
+
+
+# ------------------------------------------------------------------------------------------------------------ checksums
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
+    state = dict(weights=torch.arange(500.), progress=dict(epoch=3, metric=1.5))
+    path = tmp_path / 'last.pth.tar'
+    _files.write_torch(path, state)
+    whole = path.read_bytes()
+    assert torch.equal(_files.read_torch(path)['weights'], state['weights'])
+    assert torch.equal(torch.load(path, weights_only=True)['weights'], state['weights'])  # anybody's reader
+    silent = 0
+    generator = torch.Generator().manual_seed(0)
+    for i in torch.randint(len(whole), (300,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[i] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        try:
+            read = _files.read_torch(path)
+            assert i >= len(whole) - 71 and torch.equal(read['weights'], state['weights'])  # in the sum's own name
+        except _files.Damaged:
+            pass
+        try:
+            silent += not torch.equal(torch.load(path, weights_only=True)['weights'], state['weights'])
+        except Exception:
+            pass
+    assert silent > 50  # what the sum is for
+
+
+def test_files_of_torch_save_alone_are_checked_too(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(dict(a=torch.arange(500.)), path)
+    assert torch.equal(_files.read_torch(path)['a'], torch.arange(500.))
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(_files.Damaged, match='the sum of its part weights/data/0 is wrong'):
+        _files.read_torch(path)
+    torch.save(dict(a=torch.arange(5.)), path, _use_new_zipfile_serialization=False)
+    assert torch.equal(_files.read_torch(path)['a'], torch.arange(5.))
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('weights/data.pkl', bytes(100_000))
+    with pytest.raises(_files.Damaged, match='it is compressed'):
+        _files.read_torch(path)

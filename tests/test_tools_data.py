@@ -1,5 +1,7 @@
 """tools/_data.py and the recipes: what training and validation read."""
 import io
+import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 import _common as common
 import _data as data
+import _datasets as datasets
 import train
 from _common import UserError
 
@@ -24,8 +27,8 @@ def test_npz_holds_the_images_that_were_written(tmp_path):
     labels = [2, 0, 3, 1, 1]
     files = [jpeg(colored_image(y, rng, size=(20 + i, 16))) for i, y in enumerate(labels)]
     write_npz(tmp_path / 'train.npz', files, labels)
-    dataset = data.open_dataset('npz', str(tmp_path), 'train')
-    assert len(dataset) == 5 and dataset.classes == list(CLASSES) == data.class_names(dataset)
+    dataset = datasets.open_dataset('npz', str(tmp_path), 'train')
+    assert len(dataset) == 5 and dataset.classes == list(CLASSES) == datasets.class_names(dataset)
     for i, file in enumerate(files):
         image, label = dataset[i]
         assert label == labels[i]
@@ -36,7 +39,7 @@ def test_npz_holds_the_images_that_were_written(tmp_path):
 @pytest.mark.parametrize('split, indices', [
     ('train[:3]', range(3)), ('train[3:]', range(3, 160)), ('train[10:12]', range(10, 12)), ('train[:]', range(160))])
 def test_npz_part_of_a_split(npz_dir, split, indices):
-    whole, part = (data.open_dataset('npz', str(npz_dir), s) for s in ('train', split))
+    whole, part = (datasets.open_dataset('npz', str(npz_dir), s) for s in ('train', split))
     assert len(part) == len(indices)
     for row, i in list(enumerate(indices))[:4]:
         assert np.array_equal(np.asarray(part[row][0]), np.asarray(whole[i][0])) and part[row][1] == whole[i][1]
@@ -45,8 +48,8 @@ def test_npz_part_of_a_split(npz_dir, split, indices):
 
 @pytest.mark.parametrize('split', ['train', 'train[5:30]'])
 def test_npz_cache_gives_the_same_images(npz_dir, split):
-    plain = data.open_dataset('npz', str(npz_dir), split)
-    cached = data.open_dataset('npz', str(npz_dir), split, cache_images=True)
+    plain = datasets.open_dataset('npz', str(npz_dir), split)
+    cached = datasets.open_dataset('npz', str(npz_dir), split, cache_images=True)
     assert cached.data is None and cached.cache.dtype == np.uint8
     for i in (0, 7, len(plain) - 1):
         assert np.array_equal(np.asarray(plain[i][0]), np.asarray(cached[i][0])) and plain[i][1] == cached[i][1]
@@ -58,16 +61,19 @@ def test_npz_cache_gives_the_same_images(npz_dir, split):
     (dict(offsets=np.array([0, 10, 5, 20, 30])), 'offsets must increase'),
     (dict(offsets=np.array([0, 1, 2, 3, 10 ** 9])), 'offsets must increase and stay within'),
     (dict(offsets=np.array([0, 1, 2])), 'offsets must be'),
+    (dict(classes=np.array(['a', 'b', 'b', 'c'])), 'classes has a name twice'),
+    (dict(classes=np.array([1, 2, 3, 4])), 'classes must be a vector of texts'),
+    (dict(class_names=np.array(['a'])), 'class_names must be a vector of texts, as many as classes'),
     (dict(data=np.zeros(9, np.float32)), 'data must be'),
     (dict(labels=np.array([0, 1, 2, 4])), 'label 4 but only 4 classes'),
     (dict(labels=np.array([0., 1, 2, 3])), 'labels must be'),
-    (dict(names=np.array(['a'])), '1 names for 4 labels'),
+    (dict(names=np.array(['a'])), 'names must be a vector of 4 texts'),
 ])
 def test_npz_with_wrong_arrays(tmp_path, extra, message):
     rng = np.random.default_rng(0)
     write_npz(tmp_path / 'train.npz', [jpeg(colored_image(y, rng)) for y in range(4)], range(4), override=extra)
     with pytest.raises(UserError, match=message) as error:
-        data.open_dataset('npz', str(tmp_path), 'train')
+        datasets.open_dataset('npz', str(tmp_path), 'train')
     assert 'train.npz' in str(error.value)
 
 
@@ -76,22 +82,22 @@ def test_npz_damaged_file(npz_dir, tmp_path):
     for name, content in (('truncated', whole[:len(whole) // 2]), ('empty', b''), ('text', b'no archive')):
         (tmp_path / f'{name}.npz').write_bytes(content)
         with pytest.raises(UserError, match=f'cannot read .*{name}.npz'):
-            data.open_dataset('npz', str(tmp_path), name)
+            datasets.open_dataset('npz', str(tmp_path), name)
 
 
 def test_npz_missing(npz_dir, tmp_path):
     with pytest.raises(UserError, match='val.npz does not exist; splits there: test, train'):
-        data.open_dataset('npz', str(npz_dir), 'val')
+        datasets.open_dataset('npz', str(npz_dir), 'val')
     with pytest.raises(UserError, match='no .npz file in'):
-        data.open_dataset('npz', str(tmp_path), 'train')
+        datasets.open_dataset('npz', str(tmp_path), 'train')
     with pytest.raises(UserError, match='/nowhere/at/all does not exist'):
-        data.open_dataset('npz', '/nowhere/at/all', 'train')
+        datasets.open_dataset('npz', '/nowhere/at/all', 'train')
     with pytest.raises(UserError, match='pass --data-dir'):
-        data.open_dataset('npz', None, 'train')
+        datasets.open_dataset('npz', None, 'train')
     with pytest.raises(UserError, match='holds no image'):
-        data.open_dataset('npz', str(npz_dir), 'train[160:]')
+        datasets.open_dataset('npz', str(npz_dir), 'train[160:]')
     with pytest.raises(UserError, match='expected a name'):
-        data.open_dataset('npz', str(npz_dir), '../train')
+        datasets.open_dataset('npz', str(npz_dir), '../train')
 
 
 @pytest.fixture
@@ -105,14 +111,14 @@ def corrupt_npz(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_npz_corrupt_image_is_named(corrupt_npz, workers):
-    dataset = data.open_dataset('npz', str(corrupt_npz), 'train')
+    dataset = datasets.open_dataset('npz', str(corrupt_npz), 'train')
     assert dataset[4][1] == 0  # the others can be read
     config = dict(input_size=(3, 32, 32), interpolation='bicubic', crop_pct=1., crop_mode='center', **STATS)
     loader = data.eval_loader(dataset, config, batch_size=2, device=torch.device('cpu'), workers=workers)
     with pytest.raises(UserError, match=r'cannot decode image 5 \(green/0005.jpg\)'):
         list(loader)
     with pytest.raises(UserError, match=r'cannot decode image 5 \(green/0005.jpg\)'):
-        data.open_dataset('npz', str(corrupt_npz), 'train', cache_images=True)
+        datasets.open_dataset('npz', str(corrupt_npz), 'train', cache_images=True)
 
 
 def test_npz_cache_needs_one_size(tmp_path):
@@ -120,13 +126,13 @@ def test_npz_cache_needs_one_size(tmp_path):
     files = [jpeg(colored_image(0, rng, size=(32, 32))), jpeg(colored_image(1, rng, size=(32, 30)))]
     write_npz(tmp_path / 'train.npz', files, [0, 1])
     with pytest.raises(UserError, match=r'image 1 \(green/0001.jpg\) is 32x30, earlier ones are 32x32'):
-        data.open_dataset('npz', str(tmp_path), 'train', cache_images=True)
+        datasets.open_dataset('npz', str(tmp_path), 'train', cache_images=True)
 
 
 def test_real_cifar10(shared_data):
     folder = shared_data('cifar10')
     for split, n in (('train', 50000), ('test', 10000)):
-        dataset = data.open_dataset('npz', str(folder), split)
+        dataset = datasets.open_dataset('npz', str(folder), split)
         assert len(dataset) == n and len(dataset.classes) == 10
         assert np.array_equal(np.bincount(dataset.labels), [n // 10] * 10)
         image, label = dataset[n - 1]
@@ -136,10 +142,10 @@ def test_real_cifar10(shared_data):
 # ----------------------------------------------------------------------------------------------------- other data sets
 
 def test_image_folder(folder_dir):
-    dataset = data.open_dataset('', str(folder_dir), 'train')
-    assert len(dataset) == 40 and data.class_names(dataset) == sorted(CLASSES)
-    torchvision_way = data.open_dataset('torch/image_folder', str(folder_dir), 'train')
-    assert len(torchvision_way) == 40 and data.class_names(torchvision_way) == sorted(CLASSES)
+    dataset = datasets.open_dataset('', str(folder_dir), 'train')
+    assert len(dataset) == 40 and datasets.class_names(dataset) == sorted(CLASSES)
+    torchvision_way = datasets.open_dataset('torch/image_folder', str(folder_dir), 'train')
+    assert len(torchvision_way) == 40 and datasets.class_names(torchvision_way) == sorted(CLASSES)
 
 
 def test_unreadable_image_in_a_folder_is_an_error_where_it_would_be_counted(tmp_path):
@@ -147,7 +153,7 @@ def test_unreadable_image_in_a_folder_is_an_error_where_it_would_be_counted(tmp_
         (tmp_path / name).mkdir()
         colored_image(0, np.random.default_rng(0)).save(tmp_path / name / 'good.png')
     (tmp_path / 'a' / 'bad.png').write_bytes(b'no picture')
-    strict = data.open_dataset('', str(tmp_path), 'validation', strict=True)
+    strict = datasets.open_dataset('', str(tmp_path), '.', strict=True)
     assert len(strict) == 3
     with pytest.raises(UserError, match=r'cannot read image 0 \(a/bad.png\)'):
         strict[0]
@@ -162,25 +168,266 @@ def test_unreadable_image_in_a_folder_is_an_error_where_it_would_be_counted(tmp_
 ])
 def test_data_set_that_cannot_be_opened(name, root, message):
     with pytest.raises(UserError, match=message):
-        data.open_dataset(name, root, 'train')
+        datasets.open_dataset(name, root, 'train')
 
 
 def test_folder_without_images(tmp_path):
-    with pytest.raises(UserError, match='Found 0 images'):
-        data.open_dataset('', str(tmp_path), 'train')
+    (tmp_path / 'train').mkdir()
+    with pytest.raises(UserError, match=f'the folder {tmp_path}/train holds no image'):
+        datasets.open_dataset('', str(tmp_path), 'train')
 
 
-def test_classes_must_be_the_models(folder_dir):
-    dataset = data.open_dataset('', str(folder_dir), 'train')
-    data.check_classes(dataset, 4, 'it')
-    with pytest.raises(UserError, match='it has 4 classes .*the model has 10'):
-        data.check_classes(dataset, 10, 'it')
+# ------------------------------------------------------------------------------------------------------------- classes
+
+def make_folders(root, **splits):
+    """SPLIT/CLASS/0.png with the number of the split and class as its pixels."""
+    for split, names in splits.items():
+        for i, name in enumerate(names):
+            path = root / split / name / '0.png'
+            path.parent.mkdir(parents=True)
+            Image.new('RGB', (8, 8), (i, 0, 0)).save(path)
+    return str(root)
+
+
+def labels_by_name(dataset, names):
+    """The labels that images get, by the names of their folders."""
+    return {dataset.filename(i).split('/')[0]: names[dataset[i][1]] for i in range(len(dataset))}
+
+
+def test_the_number_of_classes_must_be_the_models(folder_dir):
+    dataset = datasets.open_dataset('', str(folder_dir), 'train')
+    datasets.match_classes(dataset, 4, 'it')
+    with pytest.raises(UserError, match='it has 4 classes .*the model has 10 outputs: pass --num-classes'):
+        datasets.match_classes(dataset, 10, 'it')
+    with pytest.raises(UserError, match=r'the model has 10 outputs\. '):
+        datasets.match_classes(dataset, 10, 'it', asked=True)
+
+
+@pytest.mark.parametrize('kind', ['', 'torch/image_folder', 'csv', 'npz', 'tar'])
+def test_classes_are_matched_by_name(folder_dir, npz_dir, tmp_path, kind):
+    """Whatever order a data set has them in, an image of a red folder is the model's red."""
+    root, split = str(folder_dir), 'val'
+    if kind == 'csv':
+        files = sorted((folder_dir / 'val').rglob('*.png'))
+        rows = ''.join(f'{f},{f.parent.name}\n' for f in files)
+        (tmp_path / 'val.csv').write_text('path,label\n' + rows)
+        root = str(tmp_path)
+    elif kind == 'npz':
+        root, split = str(npz_dir), 'test'
+    elif kind == 'tar':
+        with tarfile.open(tmp_path / 'val.tar', 'w') as archive:
+            for f in sorted((folder_dir / 'val').rglob('*.png')):
+                archive.add(f, f.relative_to(folder_dir / 'val'))
+        root = str(tmp_path)
+    dataset = datasets.open_dataset('' if kind == 'tar' else kind, root, split, strict=True)
+    names = ['other', 'gray', 'red', 'blue', 'green']  # of the model: more, and in no order
+    datasets.match_classes(dataset, 5, 'it', names)
+    seen = set()
+    for i in range(len(dataset)):
+        image, label = dataset[i]
+        pixels = np.asarray(image).mean((0, 1))
+        want = names.index('gray' if np.ptp(pixels) < 40 else ('red', 'green', 'blue')[pixels.argmax()])
+        assert label == want
+        seen.add(label)
+    assert seen == {1, 2, 3, 4}
+
+
+def test_classes_that_the_model_lacks_are_named(tmp_path):
+    root = make_folders(tmp_path, train=('abacus', 'barrel', 'bighorn'), val=('barrel', 'bighorn', 'goose'))
+    train = datasets.open_dataset('', root, 'train')
+    val = datasets.open_dataset('', root, 'val', strict=True)
+    with pytest.raises(UserError, match=r'val has classes that train lacks: goose \(train has abacus, barrel, bighorn'):
+        datasets.match_classes(val, 3, 'val', datasets.class_names(train), of='train')
+    names = ['barrel', 'barrel', 'bighorn', 'goose']
+    with pytest.raises(UserError, match=r'several classes of one name \(barrel\)'):
+        datasets.match_classes(val, 4, 'val', names, of='the model')
+
+
+def test_a_class_map_is_taken_at_its_word(tmp_path, npz_dir):
+    root = make_folders(tmp_path, val=('cat', 'dog', 'tabby'))
+    (tmp_path / 'map.json').write_text('{"cat": 5, "dog": 2, "tabby": 5, "horse": 0}')
+    dataset = datasets.open_dataset('', root, 'val', class_map=str(tmp_path / 'map.json'))
+    assert datasets.class_names(dataset) == ['horse', '', 'dog', '', '', 'cat, tabby']
+    datasets.match_classes(dataset, 10, 'it', ['names of a model', 'in another language'])
+    assert [dataset[i][1] for i in range(3)] == [5, 2, 5]
+    with pytest.raises(UserError, match='--class-map has indices up to 5, the model has 5 outputs'):
+        datasets.match_classes(dataset, 5, 'it')
+    (tmp_path / 'map.txt').write_text('tabby\ndog\n')
+    with pytest.raises(UserError, match=r'val\) has classes that .*map.txt lacks: cat'):
+        datasets.open_dataset('', root, 'val', class_map=str(tmp_path / 'map.txt'))
+    (tmp_path / 'map.txt').write_text('gray\nblue\ngreen\nred\n')
+    npz = datasets.open_dataset('npz', str(npz_dir), 'test', class_map=str(tmp_path / 'map.txt'))
+    assert [npz[i][1] for i in range(4)] == [3, 2, 1, 0]  # npz files have a map too
+
+
+@pytest.mark.parametrize('name, text', [
+    ('a.json', '{"cat": -1}'), ('a.json', '{"cat": 1.5}'), ('a.json', '{"cat": 4611686018427387904}'),
+    ('a.json', '{"cat": true}'), ('a.json', '7'), ('a.json', '["cat", 3]'), ('a.json', '['), ('a.txt', ''),
+    ('a.txt', 'cat\ncat'), ('a.json', '[' * 100_000)])
+def test_wrong_class_maps(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f'{name}(: a class comes twice| is no class map)'):
+        datasets.read_class_map(str(tmp_path / name))
+
+
+def test_descriptions_of_classes(npz_dir, tmp_path):
+    with np.load(npz_dir / 'test.npz') as npz:
+        arrays = dict(npz)
+    shown = [f'the colour {c}' for c in CLASSES]
+    np.savez(tmp_path / 'test.npz', **arrays, class_names=np.array(shown), format=np.array(1))
+    dataset = datasets.open_dataset('npz', str(tmp_path), 'test')
+    assert datasets.class_descriptions(dataset) == dict(zip(CLASSES, shown))
+    np.savez(tmp_path / 'test.npz', **arrays, format=np.array(2))
+    with pytest.raises(UserError, match='test.npz has format 2, this tool reads 1'):
+        datasets.open_dataset('npz', str(tmp_path), 'test')
+    np.savez(tmp_path / 'test.npz', **arrays, class_names=np.array(shown[:3]))
+    with pytest.raises(UserError, match='class_names must be a vector of texts, as many as classes'):
+        datasets.open_dataset('npz', str(tmp_path), 'test')
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+def test_a_split_is_what_its_name_says(tmp_path):
+    root = make_folders(tmp_path, train=('a', 'b'), val=('a', 'b'))
+    for name in ('', 'torch/image_folder'):
+        for split in ('val', 'validation', 'eval'):
+            assert len(datasets.open_dataset(name, root, split)) == 2
+        for split in ('test', 'tran', 'vall'):
+            with pytest.raises(UserError, match=f'{tmp_path} has no split {split}; it has train, val'):
+                datasets.open_dataset(name, root, split)
+        with pytest.raises(UserError, match='parts of a split are for npz and csv'):
+            datasets.open_dataset(name, root, 'train[:1]')
+        assert len(datasets.open_dataset(name, os.path.join(root, 'val'), '.')) == 2
+    (tmp_path / 'val').rename(tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match='has no split validation or val or valid .*; it has elsewhere, train'):
+        datasets.open_dataset('', root, 'validation')
+    with pytest.raises(UserError, match="torch/cifar10 has no split 'tset': train or test"):
+        datasets.open_dataset('torch/cifar10', root, 'tset')
+    (tmp_path / 'all.tar').write_bytes(b'')
+    with pytest.raises(UserError, match='all.tar is no folder, so it has no split val: pass . as the split'):
+        datasets.open_dataset('', str(tmp_path / 'all.tar'), 'val')
+
+
+def test_what_a_folder_must_not_hold(tmp_path, monkeypatch):
+    root = make_folders(tmp_path, train=('a', 'b', '.hidden'))
+    assert datasets.class_names(datasets.open_dataset('', root, 'train')) == ['a', 'b']
+    scandir = os.scandir
+
+    def unreadable(path):
+        if os.path.basename(path) == 'b':
+            raise PermissionError(13, 'Permission denied')  # root, as which tests may run, can read any folder
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'scandir', unreadable)
+        with pytest.raises(UserError, match='cannot read the folder .*/train/b: Permission denied'):
+            datasets.open_dataset('', root, 'train')
+    (tmp_path / 'train' / 'c').mkdir()
+    with pytest.raises(UserError, match='the folder .*/train/c holds no image'):
+        datasets.open_dataset('', root, 'train')
+    os.mkfifo(tmp_path / 'train' / 'c' / 'pipe.jpg')
+    with pytest.raises(UserError, match='pipe.jpg is no regular file'):
+        datasets.open_dataset('', root, 'train')
+    (tmp_path / 'train' / 'c' / 'pipe.jpg').unlink()
+    (tmp_path / 'train' / 'c' / 'loop').symlink_to(tmp_path / 'train')
+    with pytest.raises(UserError, match='loop is a link to a folder that it is in'):
+        datasets.open_dataset('', root, 'train')
+    (tmp_path / 'train' / 'c' / 'loop').unlink()
+    (tmp_path / 'train' / 'c').rmdir()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'train' / 'loose.png')
+    with pytest.raises(UserError, match='loose.png is an image outside of class folders'):
+        datasets.open_dataset('', root, 'train')
+
+
+@pytest.mark.parametrize('text, message', [
+    ('file,label\na.png,x\n', 'must have columns path and label, it has file, label'),
+    ('path,label\na.png,\n', 'line 2: a path and a label are needed'),
+    ('path,label\nb.png,x\n', 'lists .*b.png, which is no file'),
+    ('path,label\n', 'holds no image'), ('', 'must have columns'),
+    ('path,label\n"\xe9', 'cannot read|a path and a label')])
+def test_wrong_csv(tmp_path, text, message):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    (tmp_path / 'train.csv').write_bytes(text.encode('latin-1'))
+    with pytest.raises(UserError, match=message) as error:
+        datasets.open_dataset('csv', str(tmp_path), 'train')
+    assert 'train.csv' in str(error.value)
+
+
+def test_parts_of_a_csv_have_the_classes_of_the_whole(tmp_path):
+    root = make_folders(tmp_path, images=('10', '9', 'b', 'a'))
+    (tmp_path / 'train.csv').write_text('\ufeffpath,label,note\n' + ''.join(f'images/{c}/0.png,{c},x\n' for c in (
+        '10', 'b', '9', 'a')), encoding='utf-8')
+    part = datasets.open_dataset('csv', root, 'train[2:]')
+    assert datasets.class_names(part) == ['9', '10', 'a', 'b'] and [part[i][1] for i in range(len(part))] == [0, 2]
+    with pytest.raises(UserError, match='val.csv does not exist; splits there: train'):
+        datasets.open_dataset('csv', root, 'val')
+
+
+# ---------------------------------------------------------------------------------------------------- costs, bad images
+
+def test_an_npz_is_judged_before_it_is_read(tmp_path, monkeypatch):
+    """A few kilobytes that would unpack to gigabytes are refused by what the file says about itself."""
+    rng = np.random.default_rng(0)
+    files = [jpeg(colored_image(y, rng)) for y in range(4)]
+    monkeypatch.setattr(datasets, '_SMALL', 1 << 20)  # 64 MiB take seconds to write
+    write_npz(tmp_path / 'bomb.npz', files, range(4), override=dict(data=np.zeros(5 << 20, np.uint8)))
+    assert (tmp_path / 'bomb.npz').stat().st_size < 10_000
+    write_npz(tmp_path / 'large.npz', files, range(4))
+    monkeypatch.setattr(np, 'load', lambda *args, **kwargs: pytest.fail('it was read'))
+    with pytest.raises(UserError, match=r'bomb.npz: data unpacks from [\d,]+ to 5,24\d,\d+ bytes, .*: refused'):
+        datasets.open_dataset('npz', str(tmp_path), 'bomb')
+    monkeypatch.setattr(datasets, 'physical_memory', lambda: 1000)
+    with pytest.raises(UserError, match='large.npz takes 0.0 GB, the machine has 0.0 GB of memory'):
+        datasets.open_dataset('npz', str(tmp_path), 'large')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'npz', 'torch/image_folder'])
+@pytest.mark.parametrize('size, message', [((1, 1500), '1 x 1500 pixels, the limit is 200 times'),
+                                           ((60, 50), 'exceeds limit of 2000 pixels')])
+def test_images_that_would_fill_the_memory(tmp_path, kind, size, message, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    file = io.BytesIO()
+    Image.new('1', size).save(file, 'PNG')
+    if kind == 'npz':
+        write_npz(tmp_path / 'val.npz', [file.getvalue()], [0])
+    else:
+        (tmp_path / 'val' / 'a').mkdir(parents=True)
+        (tmp_path / 'val' / 'a' / 'huge.png').write_bytes(file.getvalue())
+    dataset = datasets.open_dataset('' if kind == 'folder' else kind, str(tmp_path), 'val', strict=True)
+    with pytest.raises(UserError, match=message):
+        dataset[0]
+
+
+def test_unreadable_training_images_are_named_and_ten_in_a_row_stop(tmp_path, caplog):
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    whole = jpeg(colored_image(0, np.random.default_rng(0)))
+    for i in range(30):
+        (tmp_path / 'train' / 'a' / f'{i:02d}.jpg').write_bytes(whole[:300] if i in (3, *range(10, 20)) else whole)
+    for name in ('', 'torch/image_folder'):
+        train = datasets.open_dataset(name, str(tmp_path), 'train')
+        caplog.clear()
+        assert train[3][0].size == (32, 32)
+        assert [m for m in caplog.messages if 'a/03.jpg' in m and 'the next one is taken' in m]
+        with pytest.raises(UserError, match='10 training images in a row cannot be read: .*a/10.jpg, .*a/19.jpg'):
+            train[10]
+
+
+def test_labels_that_are_no_class_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    files = [jpeg(colored_image(y, rng)) for y in range(4)]
+    for name, labels, message in (('negative', [0, 1, -1, 3], 'label -1, labels count from 0'),
+                                  ('huge', [0, 1, 2, 2 ** 62], 'labels run from 0 to 4611686018427387904')):
+        write_npz(tmp_path / f'{name}.npz', files, range(4), override=dict(labels=np.array(labels), classes=None))
+        with pytest.raises(UserError, match=message):
+            datasets.match_classes(datasets.open_dataset('npz', str(tmp_path), name), 4, 'it')
+    with pytest.raises(UserError, match='label 4, but there are 4 classes'):
+        datasets.Labels(None, 4)(4)
 
 
 # ---------------------------------------------------------------------------------------------------- training batches
 
 def train_batches(npz_dir, *, workers=0, epoch=0, start=0, batch_size=16, rank=0, world_size=1, seed=7):
-    dataset = data.open_dataset('npz', str(npz_dir), 'train')
+    dataset = datasets.open_dataset('npz', str(npz_dir), 'train')
     transform = data.train_transform((3, 32, 32), crop_mode='pad', crop_padding=4, interpolation='random', hflip=0.5,
                                      auto_augment='rand-m9-mstd0.5-inc1', **STATS)
     loader, sampler = data.train_loader(dataset, batch_size=batch_size, transform=transform, channels=3, seed=seed,

@@ -1,6 +1,7 @@
 """tools/predict.py: pictures from anywhere in, labels out."""
 import io
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
+import _common as common
 import predict
 from _common import UserError
 
@@ -156,6 +158,16 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.split('?')[0]
         if path == '/slow.jpg':
             time.sleep(1.5)
+        if path.startswith('/drip'):  # a byte now and then, of the header or of the body
+            try:
+                self.wfile.write(b'HTTP/1.0 200 OK\r\n' + (b'\r\n' if path == '/drip_body.jpg' else b'X: '))
+                for _ in range(60):
+                    time.sleep(0.05)
+                    self.wfile.write(b'x')
+                    self.wfile.flush()
+            except OSError:
+                pass
+            return
         if path == '/moved.jpg':
             self.send_response(302)
             self.send_header('Location', '/cat.jpg')
@@ -203,6 +215,15 @@ def test_urls(classify, model, server, tmp_path):
                                        'no answer within 0.5 s', 'cannot be fetched', 'cannot be fetched')):
         assert message in error, errors
     assert len(errors) == 6 and result.err.splitlines()[-1] == '2 classified, 6 skipped'
+
+
+@pytest.mark.parametrize('name', ['drip_body.jpg', 'drip_header.jpg'])
+def test_a_server_that_drips_meets_the_timeout(server, name):
+    threads = threading.active_count()
+    with pytest.raises(predict.Unreadable, match='no answer within 0.4 s'):
+        predict.download(f'{server}/{name}', 0.4)  # of the 3 s that all of it would take
+    time.sleep(0.1)
+    assert not any(isinstance(t, threading.Timer) for t in threading.enumerate()) and threads
 
 
 def test_a_download_has_a_largest_size(server, monkeypatch):
@@ -265,6 +286,11 @@ def test_annotated_picture(size):
         assert bright.any() and not bright[:4].any() and not bright[-4:].any()
 
 
+def test_a_narrow_picture_is_not_enlarged_without_end():
+    out = predict.annotate(picture(size=(1, 200)), [predict.Prediction(0, 'cat', 0.9)])
+    assert out.width == 360 and 2000 < out.height < 2200
+
+
 def test_annotated_files_do_not_overwrite_each_other(classify, tmp_path):
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
@@ -278,6 +304,97 @@ def test_annotated_files_do_not_overwrite_each_other(classify, tmp_path):
     (tmp_path / 'file').write_text('')
     result = classify(tmp_path / 'a', '--annotate', tmp_path / 'file' / 'x', json_output=False)
     assert result.code == 2 and 'cannot create the folder' in result.err
+
+
+# ----------------------------------------------------------------------------------------------------- hostile sources
+
+def test_one_bad_source_costs_only_itself(classify, tmp_path):
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    picture(0).save(folder / 'good.png')
+    os.mkfifo(folder / 'fifo.jpg')
+    (folder / 'dangling.jpg').symlink_to('nothing')
+    Image.new('1', (1, 80_000)).save(folder / 'long.png')
+    with open(os.fsencode(folder) + b'/caf\xe9.png', 'wb') as f:  # no UTF-8
+        picture(1).save(f, 'PNG')
+    result, report = classify(folder, folder / 'fifo.jpg', '/dev/null', '-b', 3)
+    assert result.code == 0, result.err
+    assert [os.path.basename(r['source']) for r in report['results']] == ['caf\udce9.png', 'good.png']
+    reasons = {os.path.basename(s['source']): s['error'] for s in report['skipped']}
+    assert reasons == {
+        'dangling.jpg': 'cannot be read: No such file or directory', 'null': 'no regular file, but a pipe, socket or '
+        'device', 'fifo.jpg': 'no regular file, but a pipe, socket or device',
+        'long.png': 'too large: 1 x 80000 pixels, the limit is 200 times as long as wide'}
+    table = classify(folder, json_output=False)
+    assert table.code == 0 and r'caf\udce9.png (50 x 40 px)' in table.out
+
+
+def test_a_folder_that_cannot_be_read_is_named(classify, tmp_path, monkeypatch):
+    (tmp_path / 'a' / 'closed').mkdir(parents=True)
+    picture(0).save(tmp_path / 'a' / 'good.png')
+    scandir = os.scandir
+
+    def unreadable(path):
+        if os.path.basename(path) == 'closed':
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', unreadable)
+    result, report = classify(tmp_path / 'a')
+    assert len(report['results']) == 1 and report['skipped'] == [
+        dict(source=str(tmp_path / 'a' / 'closed'), error='folder cannot be read: Permission denied')]
+
+
+def test_large_pictures_are_not_kept(weights, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, '_MAX_SHOWN', 100)
+    picture(0, size=(430, 210)).save(tmp_path / 'a.png')
+    classifier = predict.Classifier(model, str, resolve_data_config(dict(input_size=(3, 32, 32)), model=model),
+                                    torch.device('cpu'), None)
+    kept = classifier.read(str(tmp_path / 'a.png'), 1, shown=True)
+    assert (kept.width, kept.height, kept.shown.size, kept.tensor.shape) == (430, 210, (86, 42), (3, 32, 32))
+    assert classifier.read(str(tmp_path / 'a.png'), 1, shown=False).shown is None
+    monkeypatch.setattr(predict, '_MAX_FILE', 100)
+    with pytest.raises(predict.Unreadable, match='larger than'):
+        classifier.read(str(tmp_path / 'a.png'), 1, shown=False)
+
+
+def test_results_come_as_they_are_known(classify, tmp_path, monkeypatch):
+    """What was classified before a failure is printed, and the JSON is whole."""
+    for i in range(5):
+        picture(i).save(tmp_path / f'{i}.png')
+    real = predict.read_picture
+
+    def interrupted(source, timeout):
+        if source.endswith('4.png'):
+            raise KeyboardInterrupt
+        return real(source, timeout)
+
+    monkeypatch.setattr(predict, 'read_picture', interrupted)
+    result, report = classify(tmp_path, '-b', 2)
+    assert result.code == 130 and len(report['results']) == 4
+
+
+def test_annotated_pictures_that_cannot_be_written(classify, tmp_path, monkeypatch):
+    picture(0).save(tmp_path / 'a.png')
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'a.png').symlink_to('/dev/full')
+    result, report = classify(tmp_path / 'a.png', '--annotate', tmp_path / 'out')
+    assert result.code == 1 and 'annotated' not in report['results'][0]
+    assert result.err == f'cannot write {tmp_path}/out/a.png: No space left on device\n'
+
+
+def test_values_that_are_not_finite_are_no_prediction(tool, model, tmp_path, monkeypatch):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state['head.bias'][1] = float('nan')
+    save_file(state, tmp_path / 'nan.safetensors')
+    picture(0).save(tmp_path / 'a.png')
+    arguments = ('predict', tmp_path / 'a.png', *MODEL, '--checkpoint', tmp_path / 'nan.safetensors')
+    result = tool(*arguments)
+    assert result.code == 2 and result.err == (
+        f'predict.py: error: {tmp_path}/nan.safetensors has weights that are not finite: head.bias\n')
+    monkeypatch.setattr(common, 'check_finite', lambda state, what: None)  # as half precision may give with finite ones
+    result = tool(*arguments)
+    assert result.code == 1 and 'the model gives values that are not finite' in result.err
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import _common as common
-import _data as data
+import _datasets as datasets
 import train
 from _common import UserError
 
@@ -203,8 +203,8 @@ def test_streaming_data_set(npz_dir, tmp_path, tool, monkeypatch, workers):
         def set_loader_cfg(self, num_workers=None):
             pass  # its reader has no use for it
 
-    monkeypatch.setattr(data, 'create_dataset', lambda name, root, split, **kwargs: Streamed(
-        root, reader=StreamReader(data.NpzImages(root, 'train' if split == 'train' else 'test'))))
+    monkeypatch.setattr(datasets, 'create_dataset', lambda name, root, split, **kwargs: Streamed(
+        root, reader=StreamReader(datasets.NpzImages(root, 'train' if split == 'train' else 'test'))))
     more = ('--num-classes', 4, '--dataset', 'wds/anything', '--aa', 'rand-m9-mstd0.5-inc1', '--workers', workers)
     arguments = options(npz_dir, tmp_path / 'whole', '--epochs', 2, *more)
     result = tool('train', *arguments, '--checkpoint-interval-steps', 2)

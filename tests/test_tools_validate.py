@@ -56,8 +56,8 @@ def test_json_is_what_a_plain_loop_gives(npz_dir, weights, tool, batch, workers)
                   '--img-size', 32, '-b', batch, '-j', workers, '--device', 'cpu', '--json')
     assert result.code == 0, result.err
     report = json.loads(result.out)
-    import _data
-    dataset = _data.NpzImages(str(npz_dir), 'test')
+    import _datasets
+    dataset = _datasets.NpzImages(str(npz_dir), 'test')
     want = by_hand(make_model(), *zip(*[dataset[i] for i in range(50)]))
     assert 0 < want['top1'] < 100
     assert {k: report[k] for k in ('top1', 'top5', 'count')} == {k: want[k] for k in ('top1', 'top5', 'count')}
@@ -80,6 +80,35 @@ def test_image_folder_and_rectangles(folder_dir, tmp_path, tool):
     want = by_hand(model, [Image.open(f) for f in files], labels, (48, 64))
     assert report['img_size'] == [48, 64] and report['count'] == 22
     assert report['top1'] == want['top1'] and report['loss'] == pytest.approx(want['loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('form', ['folder', 'safetensors', 'pth.tar'])
+def test_classes_in_another_order_give_the_same_figures(npz_dir, tmp_path, tool, form):
+    """A model of red, green, blue, gray, on folders, which sort otherwise: labels go by name."""
+    model = make_model()
+    for label, name in enumerate(CLASSES):
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        for i in range(4):
+            colored_image(label, np.random.default_rng(label * 4 + i)).save(tmp_path / 'val' / name / f'{i}.png')
+    if form == 'pth.tar':
+        torch.save(dict(state_dict=model.state_dict(), label_names=CLASSES), tmp_path / 'last.pth.tar')
+        which = (*MODEL, '--num-classes', 4, '--checkpoint', tmp_path / 'last.pth.tar')
+    else:
+        timm.models._hub.save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True, model_args=dict(
+            img_size=32, patch_size=8), model_config=dict(label_names=list(CLASSES)))
+        which = ('--model', f'local-dir:{tmp_path / "model"}') if form == 'folder' else (
+            *MODEL, '--num-classes', 4, '--checkpoint', tmp_path / 'model' / 'model.safetensors')
+    which = (*which, '--data-dir', tmp_path, '--img-size', 32, '--crop-pct', 1, '-j', 0, '--json')
+    result = tool('validate', *which)
+    assert result.code == 0, result.err
+    files = [(f, label) for label, name in enumerate(CLASSES) for f in sorted((tmp_path / 'val' / name).iterdir())]
+    want = by_hand(model, [Image.open(f) for f, _ in files], [label for _, label in files])
+    report = json.loads(result.out)
+    assert (report['top1'], report['count']) == (want['top1'], 16) and report['loss'] == pytest.approx(want['loss'])
+    (tmp_path / 'val' / 'gray').rename(tmp_path / 'val' / 'violet')
+    assert 'has classes that' in (error := refused(tool, *which)) and 'lacks: violet' in error
+    error = refused(tool, *which, '--split', 'vall')
+    assert f'{tmp_path} has no split vall; it has ' in error and 'val' in error
 
 
 def test_table_and_precision(npz_dir, weights, tool):
@@ -190,9 +219,9 @@ def test_corrupt_image_is_named_and_nothing_is_reported(weights, tmp_path, tool,
 
 def test_corrupt_file_in_a_folder_is_named(weights, folder_dir, tmp_path, tool):
     for name in CLASSES:
-        (tmp_path / name).mkdir()
-        colored_image(0, np.random.default_rng(0)).save(tmp_path / name / 'good.png')
-    (tmp_path / 'blue' / 'bad.jpg').write_bytes(b'')
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        colored_image(0, np.random.default_rng(0)).save(tmp_path / 'val' / name / 'good.png')
+    (tmp_path / 'val' / 'blue' / 'bad.jpg').write_bytes(b'')
     error = refused(tool, *MODEL, '--checkpoint', weights, '--num-classes', 4, '--data-dir', tmp_path, '-j', 1)
     assert 'blue/bad.jpg' in error
 

@@ -5,6 +5,7 @@ Everything here is plain plumbing around timm; the data side is in `_data.py`.
 import argparse
 import difflib
 import json
+import math
 import os
 import pickle
 import struct
@@ -12,7 +13,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -31,6 +32,9 @@ class UserError(Exception):
 def run(main: Callable[[], Optional[int]]) -> None:
     """Run a tool's `main` and leave the process with its exit code."""
     prog = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a file name need not be text
+            stream.reconfigure(errors='backslashreplace')
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -39,6 +43,10 @@ def run(main: Callable[[], Optional[int]]) -> None:
         if text.startswith('Caught UserError in'):  # from a DataLoader worker: its last line is the message
             text = text.rstrip().splitlines()[-1].partition('UserError: ')[2]
         print(f'{prog}: error: {text}', file=sys.stderr)
+        code = 2
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        print(f'{prog}: error: out of memory ({one_line(e, 200)}): a smaller --batch-size or --img-size takes less',
+              file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f'{prog}: interrupted', file=sys.stderr)
@@ -252,25 +260,91 @@ def create_model(name: str, **kwargs):
         raise UserError(f'cannot create {name!r}: {one_line(e)}') from e
 
 
+def read_torch(path: str) -> Any:
+    """What torch.save wrote, verified and read with weights_only=True: nothing in the file is executed."""
+    from vim2 import _files
+    try:
+        return _files.read_torch(path)
+    except _files.Damaged as e:
+        raise UserError(f'cannot read the checkpoint {path}: it is damaged: {e}') from None
+    except _LOAD_ERRORS as e:
+        raise UserError(f'cannot read the checkpoint {path}: it is damaged, truncated or not a weights file '
+                        f'({one_line(e, 200)})') from None
+
+
 def read_checkpoint(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
     """The weights in a .safetensors, .pth or .pth.tar file (EMA weights where there are any and they are wanted).
 
     Nothing in the file is executed: safetensors, or torch.load with weights_only=True.
     """
-    from timm.models import load_state_dict
+    return _read_checkpoint(path, use_ema)[0]
+
+
+def _read_checkpoint(path: str, use_ema: bool = True) -> Tuple[Dict[str, torch.Tensor], Optional[List[str]]]:
+    """The same, and the names of the classes, where the file, or config.json beside a .safetensors file, has them."""
+    from safetensors.torch import load_file
+    from timm.models import clean_state_dict
     if not os.path.isfile(path):
         what = 'is a folder, not a file' if os.path.isdir(path) else 'does not exist'
         hint = f" (a folder with config.json and model.safetensors is a model: --model local-dir:{path})" \
             if os.path.isfile(os.path.join(path, 'config.json')) else ''
         raise UserError(f'checkpoint {path} {what}{hint}')
-    try:
-        state = load_state_dict(path, use_ema=use_ema, device='cpu', weights_only=True)
-    except _LOAD_ERRORS as e:
-        raise UserError(f'cannot read the checkpoint {path}: it is damaged, truncated or not a weights file '
-                        f'({one_line(e, 200)})') from None
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    names = None
+    if path.endswith('.safetensors'):
+        try:
+            state = load_file(path)
+        except _LOAD_ERRORS as e:
+            raise UserError(f'cannot read the checkpoint {path}: it is damaged, truncated or not a weights file '
+                            f'({one_line(e, 200)})') from None
+        config = Path(path).with_name('config.json')
+        if config.is_file():
+            content = read_json(config)
+            names = content.get('label_names') if isinstance(content, dict) else None
+    else:
+        state = read_torch(path)
+        if isinstance(state, dict):  # as timm's load_state_dict chooses
+            names = state.get('label_names')
+            keys = (*(('state_dict_ema', 'model_ema') if use_ema else ()), 'state_dict', 'model')
+            key = next((k for k in keys if state.get(k) is not None), None)
+            state = state if key is None else state[key]
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f'{path} holds no state dict of tensors')
-    return state
+    if names is not None:
+        check_names(names, f'{path}: label_names')
+    return clean_state_dict(state), None if names is None else list(names)
+
+
+def read_json(path: os.PathLike) -> Any:
+    """The content of a JSON file."""
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from None
+    except (ValueError, RecursionError) as e:  # json's and UTF-8's errors; nesting without end
+        raise UserError(f'{path} is no JSON: {one_line(e, 200)}') from None
+
+
+def check_names(names: Any, what: str) -> None:
+    """Refuse names of classes that are no list of texts."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise UserError(f'{what} must be a list of texts, it is {one_line(repr(names), 80)}')
+
+
+def class_names(model: torch.nn.Module) -> Optional[List[str]]:
+    """The names of a model's classes, in the order of its outputs, where it has them."""
+    names = model.pretrained_cfg.get('label_names')
+    if not names:
+        return None
+    check_names(names, 'label_names of the model')
+    return list(names) if len(names) == model.num_classes else None
+
+
+def check_finite(state: Dict[str, torch.Tensor], what: str) -> None:
+    """Refuse weights that are NaN or infinite."""
+    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise UserError(f'{what} has weights that are not finite: {_some(bad)}')
 
 
 def _some(keys: Sequence[str], limit: int = 4) -> str:
@@ -280,7 +354,10 @@ def _some(keys: Sequence[str], limit: int = 4) -> str:
 
 def load_weights(model: torch.nn.Module, path: str, name: str, use_ema: bool = True) -> None:
     """Load a checkpoint file into a model, see `load_state`."""
-    load_state(model, read_checkpoint(path, use_ema), path, name)
+    state, names = _read_checkpoint(path, use_ema)
+    load_state(model, state, path, name)
+    if hasattr(model, 'pretrained_cfg'):  # the architecture's names are of its published weights' classes
+        model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names, 'label_descriptions': None}
 
 
 def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str, name: str) -> None:
@@ -299,6 +376,7 @@ def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str
         if len(rows) == 1 and rows != {getattr(model, 'num_classes', None)}:
             hint = f' (the checkpoint has {rows.pop()} classes: --num-classes)'
         raise UserError(f'{path} does not fit {name}: ' + '; '.join(problems) + hint)
+    check_finite(state, path)
     model.load_state_dict(state, strict=True)
 
 
@@ -310,6 +388,8 @@ def trained_model(args: argparse.Namespace) -> torch.nn.Module:
     model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
     if args.checkpoint:
         load_weights(model, args.checkpoint, args.model, use_ema=not args.no_ema)
+    else:
+        check_finite(model.state_dict(), args.model)
     return model
 
 
@@ -321,9 +401,39 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> Dict[str, A
     if size:
         options['input_size'] = (options['in_chans'] or model.pretrained_cfg['input_size'][0], *size)
     try:
-        return resolve_data_config({k: v for k, v in options.items() if v is not None}, model=model)
+        config = resolve_data_config({k: v for k, v in options.items() if v is not None}, model=model)
     except AssertionError:
         raise UserError(f'--mean and --std need one value, or one per channel; got {args.mean}, {args.std}') from None
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"the model's preprocessing cannot be read: {one_line(e)}") from None
+    return check_data_config(config)
+
+
+def check_data_config(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Refuse preprocessing that timm would fail on, or divide by zero with."""
+    known = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
+    def numbers(value, least: float) -> bool:
+        return isinstance(value, (list, tuple)) and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= least for v in value)
+
+    size, channels = config['input_size'], 0
+    if numbers(size, 1) and len(size) == 3 and all(isinstance(v, int) for v in size):
+        channels = size[0]
+    tiny = sys.float_info.min
+    for key, ok, want in (
+            ('input_size', channels, 'channels, height and width in pixels'),
+            ('mean', numbers(config['mean'], -math.inf) and len(config['mean']) in (1, channels),
+             f'one number, or one for each of the {channels} channels'),
+            ('std', numbers(config['std'], tiny) and len(config['std']) in (1, channels),
+             f'one positive number, or one for each of the {channels} channels'),
+            ('crop_pct', numbers([config['crop_pct']], tiny), 'a positive number'),
+            ('crop_mode', config['crop_mode'] in ('center', 'squash', 'border'), 'center, squash or border'),
+            ('interpolation', config['interpolation'] in (*known, 'random'), ', '.join(known)),
+    ):
+        if not ok:
+            raise UserError(f'{key} of the preprocessing must be {want}, it is {one_line(repr(config[key]), 80)}')
+    return config
 
 
 def count_parameters(model: torch.nn.Module) -> int:

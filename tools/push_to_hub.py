@@ -35,6 +35,7 @@ import torch
 
 import _common as common
 import _data as data
+import _datasets as datasets
 import train as training
 import validate as validation
 from _common import UserError
@@ -418,13 +419,13 @@ def open_data(args: argparse.Namespace, source: Source):
     if source.task != 'image-classification':
         raise UserError(f'{args.checkpoint} is no image classifier, so tools/validate.py cannot measure it: leave out '
                         '--data-dir and --dataset')
-    dataset = data.open_dataset(
+    dataset = datasets.open_dataset(
         args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
         cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
         num_samples=args.num_samples, batch_size=args.batch_size)
-    data.check_classes(dataset, source.model.num_classes, f'{args.data_dir or args.dataset} ({args.split})',
-                       args.class_map)
-    names = data.class_names(dataset)
+    datasets.match_classes(dataset, source.model.num_classes, f'{args.data_dir or args.dataset} ({args.split})',
+                           source.label_names, of=args.checkpoint)
+    names = datasets.class_names(dataset)
     if source.label_names is None and names and len(names) == source.model.num_classes:
         source.label_names = names
     return dataset
@@ -667,7 +668,7 @@ def get_parser() -> argparse.ArgumentParser:
                    help='what the model was trained on, such as imagenet-1k (default: as --dataset of the training '
                         'says)')
     g = parser.add_argument_group('measurement (of image classifiers; needs --data-dir or --dataset)')
-    data.add_dataset_arguments(g, train=False)
+    datasets.add_dataset_arguments(g, train=False)
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per batch')
     g.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes')
     common.add_precision_arguments(g)

@@ -46,6 +46,7 @@ from torch.nn import functional as F
 
 import _common as common
 import _data as data
+import _datasets as datasets
 import validate as validation
 from _common import KeyValue, UserError
 
@@ -69,7 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
                         help='recipe with option values; the command line overrides it')
 
     g = parser.add_argument_group('data')
-    data.add_dataset_arguments(g, train=True)
+    datasets.add_dataset_arguments(g, train=True)
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and batch')
     g.add_argument('--val-batch-size', type=int, metavar='N', help='the same for evaluation (default: --batch-size)')
     g.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes per training process')
@@ -335,12 +336,14 @@ class Run:
         writer.writerows([*rows, row])
         common.write_text(path, text.getvalue())
 
-    def export(self, model: torch.nn.Module, label_names: Optional[List[str]]) -> Path:
+    def export(self, model: torch.nn.Module, label_names: Optional[List[str]],
+               label_descriptions: Optional[Dict[str, str]]) -> Path:
         """The weights as a folder that `timm.create_model('local-dir:…')` loads."""
         from timm.models._hub import save_for_hf
         final = self.folder / 'model'
         model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # as safetensors wants it
-        config = dict(label_names=label_names) if label_names else None
+        labels = dict(label_names=label_names, label_descriptions=label_descriptions)
+        config = {k: v for k, v in labels.items() if v}
         common.write_folder(
             final, lambda tmp: save_for_hf(model, tmp, model_config=config, safe_serialization=True))
         return final
@@ -416,16 +419,18 @@ class Trainer:
         args = self.args
         shared = dict(class_map=args.class_map, download=args.dataset_download, cache_images=args.cache_images,
                       input_key=args.input_key, target_key=args.target_key, seed=args.seed, verbose=self.primary)
-        self.train_data = data.open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
-                                            batch_size=args.batch_size, num_samples=args.train_num_samples, **shared)
-        self.val_data = data.open_dataset(args.dataset, args.data_dir, args.val_split, strict=True,
-                                          batch_size=args.val_batch_size or args.batch_size,
-                                          num_samples=args.val_num_samples, **shared)
-        self.streaming = data.is_streaming(self.train_data)
+        self.train_data = datasets.open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
+                                                batch_size=args.batch_size, num_samples=args.train_num_samples,
+                                                **shared)
+        self.val_data = datasets.open_dataset(args.dataset, args.data_dir, args.val_split, strict=True,
+                                              batch_size=args.val_batch_size or args.batch_size,
+                                              num_samples=args.val_num_samples, **shared)
+        self.streaming = datasets.is_streaming(self.train_data)
         if self.streaming and args.checkpoint_interval_steps:
             raise UserError('a streaming data set cannot resume in the middle of an epoch: drop '
                             '--checkpoint-interval-steps (checkpoints are then written at the end of epochs)')
-        self.label_names = data.class_names(self.train_data)
+        self.label_names = datasets.class_names(self.train_data)
+        self.label_descriptions = datasets.class_descriptions(self.train_data)
 
     def build_model(self) -> None:
         args = self.args
@@ -435,9 +440,10 @@ class Trainer:
         pretrained = args.pretrained and not args.resume
         model = common.create_model(args.model, pretrained=pretrained, **kwargs, **args.model_kwargs)
         num_classes = getattr(model, 'num_classes', num_classes)
-        for dataset, split in ((self.train_data, args.train_split), (self.val_data, args.val_split)):
-            source = f'{args.data_dir or args.dataset} ({split})'
-            data.check_classes(dataset, num_classes, source, args.class_map)
+        train, val = (f'{args.data_dir or args.dataset} ({s})' for s in (args.train_split, args.val_split))
+        asked = args.num_classes is not None
+        datasets.match_classes(self.train_data, num_classes, train, asked=asked)
+        datasets.match_classes(self.val_data, num_classes, val, self.label_names, of=train, asked=asked)
         if args.initial_checkpoint and not args.resume:
             common.load_weights(model, args.initial_checkpoint, args.model)
         if args.grad_checkpointing:
@@ -445,7 +451,8 @@ class Trainer:
         self.data_config = common.data_config(args, model)
         # what was trained is what the exported weights ask for
         kept = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-        model.pretrained_cfg.update({k: self.data_config[k] for k in kept}, num_classes=num_classes)
+        model.pretrained_cfg.update({k: self.data_config[k] for k in kept}, num_classes=num_classes,
+                                    label_names=self.label_names, label_descriptions=self.label_descriptions)
         self.num_classes = num_classes
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format)
@@ -537,6 +544,7 @@ class Trainer:
             progress=self.progress.state_dict(),
             world_size=self.world_size,
             train_samples=None if self.streaming else len(self.train_data),
+            label_names=self.label_names,
             state_dict=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
@@ -564,6 +572,11 @@ class Trainer:
             if saved != now and not args.resume_with_changes:
                 raise UserError(f'{args.resume} was trained with {saved} {what}, now there are {now}. '
                                 'Pass --resume-with-changes if you mean it')
+        names = checkpoint.get('label_names')  # 0.1.0 had none
+        if names and self.label_names and names != self.label_names:
+            changed = sorted(set(names) ^ set(self.label_names)) or 'the same names in another order'
+            raise UserError(f'{args.resume} was trained with other classes than {args.data_dir or args.dataset} has: '
+                            f'{common.one_line(str(changed), 160)}')
         try:
             self.model.load_state_dict(checkpoint['state_dict'])
             fresh = [{k: v for k, v in g.items() if k != 'params'} for g in self.optimizer.param_groups]
@@ -612,7 +625,7 @@ class Trainer:
             self.finish_epoch(train)
         if self.primary:
             self.take_best()
-            folder = self.run.export(self.model, self.label_names)
+            folder = self.run.export(self.model, self.label_names, self.label_descriptions)
             what = 'the weights of the last epoch, which were never evaluated'
             if p.best_metric is not None:
                 what = (f'the {p.best_kind} of epoch {p.best_epoch}, the best that were evaluated: '

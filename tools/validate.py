@@ -15,6 +15,7 @@ from timm.utils import accuracy
 
 import _common as common
 import _data as data
+import _datasets as datasets
 from _common import UserError
 
 
@@ -28,7 +29,7 @@ def evaluate(model, loader, device: torch.device, autocast, *, distributed: bool
     """
     model.eval()
     limit = None
-    if distributed and not data.is_streaming(loader.dataset):
+    if distributed and not datasets.is_streaming(loader.dataset):
         world, rank = dist.get_world_size(), dist.get_rank()
         limit = (len(loader.dataset) + world - 1 - rank) // world
     totals = torch.zeros(4, dtype=torch.float64)  # images, top-1 and top-5 hits, summed loss
@@ -71,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], formatter_class=common.HelpFormatter)
     common.add_model_arguments(parser)
     g = parser.add_argument_group('data')
-    data.add_dataset_arguments(g, train=False)
+    datasets.add_dataset_arguments(g, train=False)
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per batch')
     g.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes')
     g = parser.add_argument_group('precision and hardware')
@@ -90,12 +91,14 @@ def main() -> None:
     common.at_least(args, 0, 'workers')
     device = common.check_device(args.device or common.default_device())
     common.image_size(args.img_size)
-    dataset = data.open_dataset(
+    dataset = datasets.open_dataset(
         args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
         cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
         num_samples=args.num_samples, batch_size=args.batch_size, verbose=not args.no_progress)
     model = common.trained_model(args)
-    data.check_classes(dataset, model.num_classes, f'{args.data_dir or args.dataset} ({args.split})', args.class_map)
+    datasets.match_classes(dataset, model.num_classes, f'{args.data_dir or args.dataset} ({args.split})',
+                           common.class_names(model), of=args.checkpoint or args.model,
+                           asked=args.num_classes is not None)
     config = common.data_config(args, model)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=memory_format)

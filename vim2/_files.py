@@ -5,6 +5,7 @@ links are followed, devices and pipes are written into. Errors leave the old fil
 """
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -13,16 +14,23 @@ import socket
 import stat
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Union
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-__all__ = ['Locked', 'lock_folder', 'remove_temporaries', 'write', 'write_folder', 'write_text', 'write_torch']
+__all__ = [
+    'Damaged', 'Locked', 'lock_folder', 'read_torch', 'remove_temporaries', 'write', 'write_folder', 'write_text',
+    'write_torch']
 
 _LOCK = '.lock'
 _OWNER = '.lock-owner'
+_SUM = re.compile(rb'sha256:([0-9a-f]{64})')
+_SUM_START = b'sha256:'
+_SUM_LENGTH = len(_SUM_START) + 64
+_EMPTY_COMMENT = b'\0\0'  # the last field of a zip archive without one: its length
 
 
 def write(path: Union[str, os.PathLike], fill: Callable[[str], None]) -> None:
@@ -71,20 +79,79 @@ def write_text(path: Union[str, os.PathLike], text: str) -> None:
 
 
 def write_torch(path: Union[str, os.PathLike], state: Any) -> None:
-    """Write what `torch.save` writes, see `write`; a full disk is an OSError, which it hides in a RuntimeError."""
+    """Write what `torch.save` writes, see `write`, with a SHA-256 sum that `read_torch` verifies.
+
+    The sum is the comment of the zip archive that such a file is, so that `torch.load` reads it as any other.
+    """
     import torch
 
     def fill(tmp: str) -> None:
         with open(tmp, 'wb') as f:
             try:
                 torch.save(state, f)
-            except RuntimeError as e:
+            except RuntimeError as e:  # a full disk is an OSError, which PyTorch hides in a RuntimeError
                 cause: Optional[BaseException] = e
                 while cause is not None and not isinstance(cause, OSError):
                     cause = cause.__context__
                 raise cause or e from None
+        with open(tmp, 'rb+') as f:
+            f.seek(-len(_EMPTY_COMMENT), os.SEEK_END)
+            f.write(_SUM_LENGTH.to_bytes(len(_EMPTY_COMMENT), 'little'))
+            f.seek(0)
+            digest = _sha256(f, os.fstat(f.fileno()).st_size)
+            f.seek(0, os.SEEK_END)
+            f.write(_SUM_START + digest)
 
     write(path, fill)
+
+
+def read_torch(path: Union[str, os.PathLike]) -> Any:
+    """What `torch.load(path, weights_only=True)` gives, on the CPU, if the file is as it was written.
+
+    Its own sum is verified, or, in a file of `torch.save` alone, those that a zip archive has of its parts. (PyTorch
+    verifies neither.)
+
+    Raises:
+        Damaged: the sums differ, or the file would unpack to more than is stored.
+        What torch.load raises: no file, truncated, foreign, or with objects that could execute code.
+    """
+    import torch
+    problem = None
+    with open(path, 'rb') as f:
+        if f.read(2) == b'PK':
+            f.seek(0, os.SEEK_END)
+            end = max(f.tell() - _SUM_LENGTH, 0)
+            f.seek(end)
+            found = _SUM.fullmatch(f.read())
+            if found:
+                f.seek(0)
+                if _sha256(f, end) != found[1]:
+                    problem = 'its SHA-256 sum is not the one that it was written with'
+            else:
+                problem = _zip_problem(f)
+    if problem:
+        raise Damaged(problem)
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _sha256(file, length: int) -> bytes:
+    """The sum of the next `length` bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    while length and (chunk := file.read(min(length, 1 << 20))):
+        digest.update(chunk)
+        length -= len(chunk)
+    return digest.hexdigest().encode()
+
+
+def _zip_problem(file) -> Optional[str]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                return 'it is compressed, which torch.save does not do'
+            part = archive.testzip()
+            return f'the sum of its part {part} is wrong' if part else None
+    except Exception as e:  # zipfile has many errors for damaged archives
+        return ' '.join(str(e).split()) or type(e).__name__
 
 
 def write_folder(path: Union[str, os.PathLike], fill: Callable[[str], None]) -> None:
@@ -133,6 +200,10 @@ def remove_temporaries(folder: Union[str, os.PathLike]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+class Damaged(Exception):
+    """A file is not as it was written; the text says how that shows."""
 
 
 class Locked(Exception):
