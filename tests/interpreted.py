@@ -6,8 +6,8 @@ the first of the changes alone:
 - Triton's interpreter replaces the functions of triton.language once per module instead of at every call of a helper
   function and finds NumPy's dtypes by name: half of the time. The kernels that run, and the arithmetic, are the same.
 - It leaves out its overflow check of integer sums, half of what remains.
-- Cases of many steps keep their names and parameters but run on fewer steps (`LENGTHS`, `MAPS`), with states saved
-  every 16 steps instead of 128 or 256: every level of the backward's recomputation is still entered.
+- Cases of many steps keep their names and parameters but run on fewer steps (`LENGTHS`, `MAPS`): enough for several
+  segments between saved states.
 - Outcomes go, as JSON, to the file that VIM2_TEST_OUTCOMES names.
 """
 import dataclasses
@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
-
-from vim2.ops import triton_scan
 
 # Steps of a scan, or rows and columns of a map, as the suite asks for them: as they run here.
 LENGTHS = {35: 5, 63: 9, 100: 18, 1000: 37}
@@ -76,7 +74,6 @@ def steps_run(length: int) -> int:
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(request, monkeypatch):
-    monkeypatch.setattr(triton_scan, 'save_steps', lambda directions: 16)
     module = request.module
     if request.node.name in WHOLE:
         return

@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ['BACKEND_ENV', 'available_backends', 'load', 'resolve']
 
 BACKEND_ENV = 'VIM2_SCAN_BACKEND'
-_MODULES = {'cpu': 'vim2.ops.cpu', 'triton': 'vim2.ops.triton_scan', 'reference': 'vim2.ops.reference'}
+_MODULES = {'cpu': 'vim2.ops.cpu', 'triton': 'vim2.ops.triton', 'reference': 'vim2.ops.reference'}
 _PREFERRED = {'cpu': 'cpu', 'cuda': 'triton', 'xpu': 'triton'}  # by type of device; ROCm's is 'cuda' too
 _warned = set()
 

@@ -1,0 +1,599 @@
+"""Triton kernels of the selective scan; `launch` plans and launches them, `docs/op.md` tells the algorithm.
+
+A direction is never a copy: it is a walk (`_walk`) over the positions of the map, row-major indices, at which every
+tensor is read with one stride. Direction code d: bit 0 is column-major, bit 1 reversed.
+
+Every program is one warp, so that nothing waits at a barrier. Two layouts of the states, both Triton's own default for
+the shape:
+- Forward: (N, channels). The lanes run along the channels and all N states of a channel live in one thread's registers:
+  y needs no shuffle, B_t and C_t are vector loads that every lane shares.
+- Backward: (states per thread NR, channels per thread CR, lanes along the states NL, lanes along the channels CL). The
+  gradients of B and C are sums over channels, those of u and delta sums over states: this way neither crosses many
+  lanes.
+
+Triton gives a load whose addresses are provably contiguous a layout of its own, which then spreads to everything that
+the loaded tensor meets. So strides are run-time values on purpose, and a promise of contiguity (`_states`) is made only
+along the axis that lies in a thread's registers.
+"""
+import inspect
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def _kernel(tensors):
+    """triton.jit that specialises on no integer, so that another batch or map size compiles nothing anew."""
+    def decorate(function):
+        names = list(inspect.signature(function).parameters.items())
+        integers = [name for name, p in names if name not in tensors.split() and p.annotation is not tl.constexpr]
+        return triton.jit(do_not_specialize=integers)(function)
+    return decorate
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) with one exponential and no logarithm: max(x, 0) + e P(e), e = e^-|x|, P ~ log1p(e) / e on [0, 1].
+
+    P is the minimax polynomial, relative error 3e-8. log2(1 + e) would lose all digits of a small step size.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    p = 0.005232685245573521 * e - 0.029505198821425438
+    p = p * e + 0.07822588086128235
+    p = p * e - 0.13663239777088165
+    p = p * e + 0.19106003642082214
+    p = p * e - 0.2484298199415207
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949336051941
+    p = p * e + 0.9999999403953552
+    return tl.maximum(x, 0.0) + e * p
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _walk(t, code, H, W):
+    """A direction at its step t: (position, counter within a column, step of the position, its step to the next column,
+    length of a column). A position is a row-major index into the map; row-major, the map is one column."""
+    column = (code % 2) == 1
+    sign = tl.where(code >= 2, -1, 1)
+    length = tl.where(column, H, H * W)
+    inner = tl.where(column, W, 1)
+    i = t % length
+    p = t // length + i * inner
+    return tl.where(code >= 2, H * W - 1 - p, p), i, sign * inner, sign * (1 - (H - 1) * W), length
+
+
+@triton.jit
+def _next(p, i, more, step, jump, length):
+    """Position and counter of the next step, or the same ones if there is none."""
+    wrap = i + 1 == length
+    p_next = p + tl.where(wrap, jump, step)
+    return tl.where(more, p_next, p), tl.where(more, tl.where(wrap, 0, i + 1), i)
+
+
+@triton.jit
+def _at(p, stride, INDEX64: tl.constexpr):
+    """Offset of position p. In 32 bits, where the map's extent allows it, it costs half of the instructions."""
+    if INDEX64:
+        return p.to(tl.int64) * stride
+    else:
+        return p * stride
+
+
+@triton.jit
+def _load(at, mask, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(at, value, mask, FULL: tl.constexpr):
+    value = value.to(at.dtype.element_ty)
+    if FULL:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def _vectors(pointers, offset, AXIS: tl.constexpr, VECTOR: tl.constexpr):
+    """pointers + offset. VECTOR > 1 promises that they have unit stride along an axis, which lies in a thread's
+    registers, and start aligned to that many elements. (Of an argument, not of a sum within, the promise would be
+    lost.)"""
+    at = pointers + offset
+    if VECTOR > 1:
+        size: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 8
+        if len(at.shape) == 3:
+            at = tl.max_contiguous(tl.multiple_of(at, (VECTOR * size, 1, 1)), (VECTOR, 1, 1))
+        elif AXIS == 0:
+            at = tl.max_contiguous(tl.multiple_of(at, (VECTOR * size, 1, 1, 1)), (VECTOR, 1, 1, 1))
+        else:
+            at = tl.max_contiguous(tl.multiple_of(at, (1, VECTOR * size, 1, 1)), (1, VECTOR, 1, 1))
+    return at
+
+
+@triton.jit
+def _states(pointers, offset, mask, VECTOR: tl.constexpr, FULL: tl.constexpr):
+    """B_t or C_t: the values at `offset` from `pointers`, the states along the first axis."""
+    return _load(_vectors(pointers, offset, 0, VECTOR), mask, FULL)
+
+
+@triton.jit
+def _channels(pointers, offset, mask, VECTOR: tl.constexpr):
+    """A step's values of the backward's channels."""
+    return _load(_vectors(pointers, offset, 1, VECTOR), mask, VECTOR > 1)
+
+
+@triton.jit
+def _put(pointers, offset, value, mask, AXIS: tl.constexpr, VECTOR: tl.constexpr):
+    tl.store(_vectors(pointers, offset, AXIS, VECTOR), value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _step_size(raw, shift, SOFTPLUS: tl.constexpr):
+    if SOFTPLUS:
+        return _softplus(raw + shift)
+    else:
+        return raw + shift
+
+
+@_kernel('u delta A B C D z bias start acc out last states')
+def scan_forward(
+        u, delta, A, B, C, D, z, bias, start, acc, out, last, states,
+        E, N, H, W, L, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, per_c, K, KS, codes, part, n_saved,
+        u_b, u_e, u_l, d_b, d_k, d_e, d_l, a_k, a_e, a_n,
+        b_b, b_k, b_g, b_n, b_l, c_b, c_k, c_g, c_n, c_l,
+        D_k, D_e, bias_k, bias_e, z_b, z_e, z_l, o_b, o_e, o_l, h_n,
+        KM: tl.constexpr, NV: tl.constexpr, NQ: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, SAVE: tl.constexpr,
+        B_CONST: tl.constexpr, C_CONST: tl.constexpr,
+        HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+        HAS_START: tl.constexpr, WANT_LAST: tl.constexpr, SAVE_STATES: tl.constexpr,
+        FULL_N: tl.constexpr, FULL_E: tl.constexpr, INDEX64: tl.constexpr,
+):
+    """One program: one image, BE channels of one group, one chunk of scan time, and KM directions one after the other.
+
+    With KM > 1 the directions are added up in `acc`, float32 with the strides of `out`, and the last one writes `out`.
+    With KM = 1 and KS > 1 each direction writes its own float32 part of `out`.
+    """
+    pid = tl.program_id(0)
+    k0 = pid % KS  # the directions of a block side by side: they read the same map at about the same time
+    block = (pid // KS) % n_blocks
+    c = (pid // (KS * n_blocks)) % n_chunks
+    b = (pid // (KS * n_blocks * n_chunks)).to(tl.int64)
+    group = (block // blocks_per_group).to(tl.int64)
+    lane = (block % blocks_per_group) * BE + tl.arange(0, BE)[None, None, :]
+    mask_e = lane < width
+    e = group * width + lane
+    n = (tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane).to(tl.int64)
+    mask_n = n < N
+    tile_mask = mask_e & mask_n
+    t_first = c * chunk
+    t_last = tl.minimum(t_first + chunk, L)
+    u_p = u + b * u_b + e * u_e
+    z_p = z + b * z_b + e * z_e
+    acc_p = acc + b * o_b + e * o_e
+    out_p = out + b * o_b + e * o_e + k0.to(tl.int64) * part
+    for kk in tl.range(0, KM, disable_licm=True):
+        k = (k0 + kk).to(tl.int64)
+        code = (codes >> (2 * k0 + 2 * kk)) & 3
+        d_p = delta + b * d_b + k * d_k + e * d_e
+        b_p = B + b * b_b + k * b_k + n * b_n
+        c_p = C + b * c_b + k * c_k + n * c_n
+        a2 = _load(A + k * a_k + e * a_e + n * a_n, tile_mask, False) * LOG2E
+        if B_CONST:
+            b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
+        else:
+            b_p += ((group * width) // per_b) * b_g
+        if C_CONST:
+            c_tile = _load(c_p + (e // per_c) * c_g, tile_mask, False)
+        else:
+            c_p += ((group * width) // per_c) * c_g
+        skip = 0.0
+        shift = 0.0
+        if HAS_D:
+            skip = _load(D + k * D_k + e * D_e, mask_e, False)
+        if HAS_BIAS:
+            shift = _load(bias + k * bias_k + e * bias_e, mask_e, False)
+        row = (b * K + k) * n_saved
+        tile = n * h_n + e
+        if HAS_START:
+            h = tl.load(start + ((b * K + k) * n_chunks + c) * N * E + tile, mask=tile_mask, other=0.0)
+        else:
+            h = tl.zeros((NV, NQ, BE), tl.float32)
+        p, i, step, jump, length = _walk(t_first, code, H, W)
+        for t in range(t_first, t_last, T):
+            if SAVE_STATES:
+                if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
+                    tl.store(states + (row + t // SAVE - 1) * N * E + tile, h, mask=tile_mask)
+            # All loads of T steps first. Past the end the last position is read, computed with a step of zero and
+            # written again: the same values, and no mask to carry.
+            us = ()
+            ds = ()
+            zs = ()
+            olds = ()
+            b_at = ()
+            c_at = ()
+            o_at = ()
+            for s in tl.static_range(T):
+                us = us + (_load(u_p + _at(p, u_l, INDEX64), mask_e, FULL_E),)
+                ds = ds + (_load(d_p + _at(p, d_l, INDEX64), mask_e, FULL_E),)
+                o_at = o_at + (_at(p, o_l, INDEX64),)
+                if HAS_Z:
+                    zs = zs + (_load(z_p + _at(p, z_l, INDEX64), mask_e, FULL_E),)
+                if KM > 1:
+                    olds = olds + (tl.load(acc_p + o_at[s], mask=mask_e & (kk > 0), other=0.0),)
+                b_at = b_at + (_at(p, b_l, INDEX64),)
+                c_at = c_at + (_at(p, c_l, INDEX64),)
+                p, i = _next(p, i, t + s + 1 < L, step, jump, length)
+            ys = ()
+            for s in tl.static_range(T):
+                dt = tl.where(t + s < L, _step_size(ds[s], shift, SOFTPLUS), 0.0)  # an empty step: decay 1, adds 0
+                if B_CONST:
+                    bt = b_tile
+                else:
+                    bt = _states(b_p, b_at[s], mask_n, NV, FULL_N)
+                if C_CONST:
+                    ct = c_tile
+                else:
+                    ct = _states(c_p, c_at[s], mask_n, NV, FULL_N)
+                h = tl.exp2(dt * a2) * h + (dt * us[s]) * bt
+                y = tl.sum(tl.sum(h * ct, axis=0, keep_dims=True), axis=1, keep_dims=True)
+                if HAS_D:
+                    y += skip * us[s]
+                ys = ys + (y,)
+            for s in tl.static_range(T):
+                y = ys[s]
+                if KM > 1:
+                    y += olds[s]
+                    tl.store(acc_p + o_at[s], y, mask=mask_e & (kk < KM - 1))
+                if HAS_Z:
+                    y *= zs[s] * _sigmoid(zs[s])
+                if KM > 1:
+                    tl.store(out_p + o_at[s], y.to(out.dtype.element_ty), mask=mask_e & (kk == KM - 1))
+                else:
+                    _store(out_p + o_at[s], y, mask_e, FULL_E)
+        if WANT_LAST:
+            if c == n_chunks - 1:
+                tl.store(last + ((b * K + k) * E + e) * N + n, h, mask=tile_mask)
+        if KM > 1:
+            tl.debug_barrier()  # the next direction reads what this one wrote to `acc`
+
+
+@_kernel('x delta A B z bias ends lengths')
+def chunk_summary(
+        x, delta, A, B, z, bias, ends, lengths,
+        E, N, H, W, L, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, K, codes,
+        x_b, x_e, x_l, d_b, d_k, d_e, d_l, a_k, a_e, a_n, b_b, b_k, b_g, b_n, b_l, bias_k, bias_e,
+        z_b, z_e, z_l, h_n,
+        NV: tl.constexpr, NQ: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, B_CONST: tl.constexpr,
+        HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr,
+        FULL_N: tl.constexpr, FULL_E: tl.constexpr, INDEX64: tl.constexpr,
+):
+    """What one chunk does to a state that enters it: the state that leaves it from zero, and its sum of step sizes.
+
+    ADJOINT runs the recurrence of the gradient, backward in scan time: s = decay (s + x C), with x = grad_out (times
+    silu(z)) and B = C.
+    """
+    pid = tl.program_id(0)
+    block = pid % n_blocks
+    c = (pid // n_blocks) % n_chunks
+    k = ((pid // (n_blocks * n_chunks)) % K).to(tl.int64)
+    code = (codes >> (2 * k)) & 3
+    b = (pid // (n_blocks * n_chunks * K)).to(tl.int64)
+    group = (block // blocks_per_group).to(tl.int64)
+    lane = (block % blocks_per_group) * BE + tl.arange(0, BE)[None, None, :]
+    mask_e = lane < width
+    e = group * width + lane
+    n = (tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane).to(tl.int64)
+    mask_n = n < N
+    tile_mask = mask_e & mask_n
+    x_p = x + b * x_b + e * x_e
+    d_p = delta + b * d_b + k * d_k + e * d_e
+    z_p = z + b * z_b + e * z_e
+    b_p = B + b * b_b + k * b_k + n * b_n
+    a2 = _load(A + k * a_k + e * a_e + n * a_n, tile_mask, False) * LOG2E
+    if B_CONST:
+        b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
+    else:
+        b_p += ((group * width) // per_b) * b_g
+    shift = 0.0
+    if HAS_BIAS:
+        shift = _load(bias + k * bias_k + e * bias_e, mask_e, False)
+    t_first = c * chunk
+    t_last = tl.minimum(t_first + chunk, L)
+    h = tl.zeros((NV, NQ, BE), tl.float32)
+    total = tl.zeros((1, 1, BE), tl.float32)
+    for t in range(0, t_last - t_first, T):
+        for s in tl.static_range(T):
+            ok = t_first + t + s < t_last
+            at = tl.minimum(t_first + t + s, t_last - 1)
+            if ADJOINT:
+                at = t_first + t_last - 1 - at
+            p, _, _, _, _ = _walk(at, code, H, W)
+            v = _load(x_p + _at(p, x_l, INDEX64), mask_e, FULL_E)
+            dt = tl.where(ok, _step_size(_load(d_p + _at(p, d_l, INDEX64), mask_e, FULL_E), shift, SOFTPLUS), 0.0)
+            if HAS_Z:
+                gate = _load(z_p + _at(p, z_l, INDEX64), mask_e, FULL_E)
+                v *= gate * _sigmoid(gate)
+            if B_CONST:
+                bt = b_tile
+            else:
+                bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, NV, FULL_N)
+            total += dt
+            decay = tl.exp2(dt * a2)
+            if ADJOINT:  # a step of zero does not keep x out of the sum
+                h = decay * (h + tl.where(ok, v, 0.0) * bt)
+            else:
+                h = decay * h + (dt * v) * bt
+    row = (b * K + k) * n_chunks + c
+    tl.store(ends + row * N * E + n * h_n + e, h, mask=tile_mask)
+    tl.store(lengths + row * E + e, total, mask=mask_e)
+
+
+@_kernel('ends lengths A initial')
+def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e, a_n, h_n, i_b, i_k, i_e, i_n,
+                NP: tl.constexpr, BE: tl.constexpr, HAS_INITIAL: tl.constexpr, ADJOINT: tl.constexpr):
+    """In place: what leaves each chunk from zero becomes what enters it. Sequential over chunks, parallel over
+    states."""
+    pid = tl.program_id(0)
+    k = ((pid // n_blocks) % K).to(tl.int64)
+    b = (pid // (n_blocks * K)).to(tl.int64)
+    e = ((pid % n_blocks) * BE + tl.arange(0, BE)).to(tl.int64)
+    n = tl.arange(0, NP)[:, None].to(tl.int64)
+    mask_e = e < E
+    mask = mask_e[None, :] & (n < N)
+    a2 = _load(A + k * a_k + e[None, :] * a_e + n * a_n, mask, False) * LOG2E
+    if HAS_INITIAL:
+        h = _load(initial + b * i_b + k * i_k + e[None, :] * i_e + n * i_n, mask, False)
+    else:
+        h = tl.zeros((NP, BE), tl.float32)
+    for step in range(n_chunks):
+        c = (n_chunks - 1 - step) if ADJOINT else step
+        row = (b * K + k) * n_chunks + c
+        at = ends + row * N * E + n * h_n + e[None, :]
+        leaves = tl.load(at, mask=mask, other=0.0)
+        duration = tl.load(lengths + row * E + e, mask=mask_e, other=0.0)
+        tl.store(at, h, mask=mask)
+        h = tl.exp2(duration[None, :] * a2) * h + leaves
+
+
+@triton.jit
+def _over_channels(x):
+    return tl.broadcast_to(tl.sum(tl.sum(x, axis=1, keep_dims=True), axis=3, keep_dims=True),
+                           (x.shape[0], 1, x.shape[2], x.shape[3]))
+
+
+@triton.jit
+def _over_states(x):
+    return tl.broadcast_to(tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=2, keep_dims=True),
+                           (1, x.shape[1], x.shape[2], x.shape[3]))
+
+
+@_kernel('grad_out u delta A B C D z bias states end grad_u grad_delta grad_A grad_B grad_C grad_D grad_bias grad_z '
+         'acc')
+def scan_backward(
+        grad_out, u, delta, A, B, C, D, z, bias, states, end,
+        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z, acc,
+        E, N, H, W, L, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, per_c, slots_b, slots_c,
+        K, KS, codes, part, part_b, part_c, n_saved,
+        g_b, g_e, g_l, u_b, u_e, u_l, d_b, d_k, d_e, d_l, a_k, a_e, a_n,
+        b_b, b_k, b_g, b_n, b_l, c_b, c_k, c_g, c_n, c_l, D_k, D_e, bias_k, bias_e, z_b, z_e, z_l, h_n,
+        gu_b, gu_e, gu_l, gd_b, gd_k, gd_e, gd_l, gb_b, gb_k, gb_g, gb_n, gb_l,
+        gc_b, gc_k, gc_g, gc_n, gc_l, gz_b, gz_e, gz_l,
+        KM: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr, T: tl.constexpr,
+        SAVE: tl.constexpr, B_CONST: tl.constexpr, C_CONST: tl.constexpr, B_VECTOR: tl.constexpr,
+        C_VECTOR: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+        SOFTPLUS: tl.constexpr, HAS_END: tl.constexpr, FULL_N: tl.constexpr, VECTOR: tl.constexpr,
+        GB_VECTOR: tl.constexpr, GC_VECTOR: tl.constexpr, INDEX64: tl.constexpr,
+):
+    """One program: one image, CR CL channels of one group, one chunk of scan time, and KM directions one after the
+    other, added up in `acc`, float32 with the strides of grad_u. With KM = 1 and KS > 1 each direction writes its own
+    float32 part of grad_u.
+
+    Groups of T steps, last one first: from the state that the forward saved at most SAVE - T steps earlier the states
+    of the group are found and kept in registers, then the adjoint runs back over them.
+    """
+    pid = tl.program_id(0)
+    k0 = pid % KS
+    block = (pid // KS) % n_blocks
+    c = (pid // (KS * n_blocks)) % n_chunks
+    b = (pid // (KS * n_blocks * n_chunks)).to(tl.int64)
+    group = (block // blocks_per_group).to(tl.int64)
+    # Everything is given to all lanes of the warp, or Triton would find other layouts for what has no states and what
+    # has no channels.
+    nl = tl.arange(0, NL)[None, None, :, None]
+    cl = tl.arange(0, CL)[None, None, None, :]
+    lane = (block % blocks_per_group) * (CR * CL) + tl.arange(0, CR)[None, :, None, None] + cl * CR + 0 * nl
+    mask_e = lane < width
+    e = group * width + lane
+    n = (nl * NR + tl.arange(0, NR)[:, None, None, None] + 0 * cl).to(tl.int64)
+    mask_n = n < N
+    once_e = nl + 0 * lane == 0
+    once_n = cl + 0 * n == 0
+    if VECTOR == 1:
+        once_e = once_e & mask_e
+    if not FULL_N:
+        once_n = once_n & mask_n
+    tile_mask = mask_e & mask_n
+    tile = n * h_n + e
+    t_first = c * chunk
+    t_last = tl.minimum(t_first + chunk, L)
+    g_p = grad_out + b * g_b + e * g_e
+    u_p = u + b * u_b + e * u_e
+    z_p = z + b * z_b + e * z_e
+    gz_p = grad_z + b * gz_b + e * gz_e
+    acc_p = acc + b * gu_b + e * gu_e
+    gu_p = grad_u + b * gu_b + e * gu_e + k0.to(tl.int64) * part
+    for kk in tl.range(0, KM, disable_licm=True):
+        k = (k0 + kk).to(tl.int64)
+        code = (codes >> (2 * k0 + 2 * kk)) & 3
+        a2 = _load(A + k * a_k + e * a_e + n * a_n, tile_mask, False) * LOG2E
+        skip = 0.0
+        shift = 0.0
+        if HAS_D:
+            skip = _load(D + k * D_k + e * D_e, mask_e, False)
+        if HAS_BIAS:
+            shift = _load(bias + k * bias_k + e * bias_e, mask_e, False)
+        sum_A = tl.zeros((NR, CR, NL, CL), tl.float32)
+        sum_D = tl.zeros((1, CR, NL, CL), tl.float32)
+        sum_bias = tl.zeros((1, CR, NL, CL), tl.float32)
+        d_p = delta + b * d_b + k * d_k + e * d_e
+        gd_p = grad_delta + b * gd_b + k * gd_k + e * gd_e
+        b_p = B + b * b_b + k * b_k + n * b_n
+        c_p = C + b * c_b + k * c_k + n * c_n
+        group_b = (group * width) // per_b
+        group_c = (group * width) // per_c
+        gb_p = grad_B + (block % slots_b).to(tl.int64) * part_b + b * gb_b + k * gb_k + group_b * gb_g + n * gb_n
+        gc_p = grad_C + (block % slots_c).to(tl.int64) * part_c + b * gc_b + k * gc_k + group_c * gc_g + n * gc_n
+        if B_CONST:
+            b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
+            sum_B = tl.zeros((NR, CR, NL, CL), tl.float32)
+        else:
+            b_p += group_b * b_g
+        if C_CONST:
+            c_tile = _load(c_p + (e // per_c) * c_g, tile_mask, False)
+            sum_C = tl.zeros((NR, CR, NL, CL), tl.float32)
+        else:
+            c_p += group_c * c_g
+        if HAS_END:
+            carry = tl.load(end + ((b * K + k) * n_chunks + c) * N * E + tile, mask=tile_mask, other=0.0)
+        else:
+            carry = tl.zeros((NR, CR, NL, CL), tl.float32)
+        n_groups = (t_last - t_first + T - 1) // T
+        for back in tl.range(0, n_groups, disable_licm=True):
+            t = t_first + (n_groups - 1 - back) * T
+            segment = t // SAVE
+            h = tl.load(states + ((b * K + k) * n_saved + segment - 1) * N * E + tile,
+                        mask=tile_mask & (segment > 0), other=0.0)
+            p, i, step, jump, length = _walk(segment * SAVE, code, H, W)
+            if SAVE > T:
+                for _ in tl.range(segment * SAVE, t, disable_licm=True):
+                    dt = _step_size(_channels(d_p, _at(p, d_l, INDEX64), mask_e, VECTOR), shift, SOFTPLUS)
+                    x = _channels(u_p, _at(p, u_l, INDEX64), mask_e, VECTOR)
+                    if B_CONST:
+                        bt = b_tile
+                    else:
+                        bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR, FULL_N)
+                    h = tl.exp2(dt * a2) * h + (dt * x) * bt
+                    p, i = _next(p, i, True, step, jump, length)
+            hs = (h,)
+            dts = ()
+            ps = ()
+            for s in tl.static_range(T):
+                x = _channels(u_p, _at(p, u_l, INDEX64), mask_e, VECTOR)
+                dt = _step_size(_channels(d_p, _at(p, d_l, INDEX64), mask_e, VECTOR), shift, SOFTPLUS)
+                dt = tl.where(t + s < t_last, dt, 0.0)
+                if B_CONST:
+                    bt = b_tile
+                else:
+                    bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR, FULL_N)
+                h = tl.exp2(dt * a2 + 0.0) * h + (dt * x) * bt
+                hs = hs + (h,)
+                dts = dts + (dt,)
+                ps = ps + (p,)
+                # As in the forward, what lies past the end is the last position again, with a step of zero.
+                p, i = _next(p, i, t + s + 1 < t_last, step, jump, length)
+            for s in tl.static_range(T - 1, -1, -1):
+                p = ps[s]
+                dt = dts[s]
+                x = _channels(u_p, _at(p, u_l, INDEX64), mask_e, VECTOR)
+                gy = tl.where(t + s < t_last, _channels(g_p, _at(p, g_l, INDEX64), mask_e, VECTOR), 0.0)
+                raw = _channels(d_p, _at(p, d_l, INDEX64), mask_e, VECTOR) + shift
+                if B_CONST:
+                    bt = b_tile
+                else:
+                    bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR, FULL_N)
+                if C_CONST:
+                    ct = c_tile
+                else:
+                    ct = _states(c_p, _at(p, c_l, INDEX64), mask_n, C_VECTOR, FULL_N)
+                if KM > 1:
+                    old = _channels(acc_p, _at(p, gu_l, INDEX64), mask_e, VECTOR)
+                if HAS_Z:
+                    y = _over_states(hs[s + 1] * ct)
+                    if HAS_D:
+                        y += skip * x
+                    gate = _channels(z_p, _at(p, z_l, INDEX64), mask_e, VECTOR)
+                    half = _sigmoid(gate)
+                    _put(gz_p, _at(p, gz_l, INDEX64), gy * y * half * (1.0 + gate * (1.0 - half)), once_e, 1, VECTOR)
+                    gy = gy * gate * half
+                gh = carry + gy * ct
+                g_du = _over_states(gh * bt)
+                carry = tl.exp2(dt * a2) * gh
+                through = carry * hs[s]
+                g_dt = _over_states(through * a2) * LN2 + g_du * x
+                sum_A += through * dt
+                if C_CONST:
+                    sum_C += gy * hs[s + 1]
+                else:
+                    _put(gc_p, _at(p, gc_l, INDEX64), _over_channels(gy * hs[s + 1]), once_n, 0, GC_VECTOR)
+                if B_CONST:
+                    sum_B += gh * (dt * x)
+                else:
+                    _put(gb_p, _at(p, gb_l, INDEX64), _over_channels(gh * (dt * x)), once_n, 0, GB_VECTOR)
+                if SOFTPLUS:
+                    g_dt *= tl.exp2((raw - dt) * LOG2E)  # softplus'(x) = e^(x - softplus(x))
+                if HAS_BIAS:
+                    sum_bias += tl.where(t + s < t_last, g_dt, 0.0)
+                _put(gd_p, _at(p, gd_l, INDEX64), g_dt, once_e, 1, VECTOR)
+                gx = g_du * dt
+                if HAS_D:
+                    gx += gy * skip
+                    sum_D += gy * x
+                if KM > 1:
+                    gx += tl.where(kk > 0, old, 0.0)
+                    _put(acc_p, _at(p, gu_l, INDEX64), gx, once_e & (kk < KM - 1), 1, VECTOR)
+                    _put(gu_p, _at(p, gu_l, INDEX64), gx, once_e & (kk == KM - 1), 1, VECTOR)
+                else:
+                    _put(gu_p, _at(p, gu_l, INDEX64), gx, once_e, 1, VECTOR)
+        row = (b * n_chunks + c) * K + k
+        tl.store(grad_A + (row * E + e) * N + n, sum_A, mask=tile_mask)
+        if B_CONST:
+            tl.store(grad_B + row * N * E + tile, sum_B, mask=tile_mask)
+        if C_CONST:
+            tl.store(grad_C + row * N * E + tile, sum_C, mask=tile_mask)
+        if HAS_D:
+            tl.store(grad_D + row * E + e, sum_D, mask=once_e & mask_e)
+        if HAS_BIAS:
+            tl.store(grad_bias + row * E + e, sum_bias, mask=once_e & mask_e)
+        if KM > 1:
+            tl.debug_barrier()  # the next direction reads what this one wrote to `acc`
+
+
+@triton.jit
+def _add_up(parts, out, n, count, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += tl.load(parts + row.to(tl.int64) * n + column, mask=(row < count) & (column < n), other=0.0)
+    total = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < n)
+
+
+@_kernel('p0 p1 p2 p3 p4 p5 o0 o1 o2 o3 o4 o5')
+def add_up(p0, p1, p2, p3, p4, p5, o0, o1, o2, o3, o4, o5, n0, n1, n2, n3, n4, n5, c0, c1, c2, c3, c4, c5,
+           b0, b1, b2, b3, b4, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Six sums in one launch: o = the sum over c float32 arrays of n elements each, in a fixed order. b0 .. b4 are the
+    first blocks of sums 1 to 5."""
+    pid = tl.program_id(0)
+    if pid < b0:
+        _add_up(p0, o0, n0, c0, pid, 1, ROWS * COLUMNS)
+    elif pid < b1:
+        _add_up(p1, o1, n1, c1, pid - b0, 1, ROWS * COLUMNS)
+    elif pid < b2:
+        _add_up(p2, o2, n2, c2, pid - b1, 1, ROWS * COLUMNS)
+    elif pid < b3:
+        _add_up(p3, o3, n3, c3, pid - b2, ROWS, COLUMNS)
+    elif pid < b4:
+        _add_up(p4, o4, n4, c4, pid - b3, ROWS, COLUMNS)
+    else:
+        _add_up(p5, o5, n5, c5, pid - b4, ROWS, COLUMNS)
