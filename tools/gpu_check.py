@@ -280,20 +280,61 @@ def constants(**values):
         scan.make_plan.cache_clear()
 
 
+# The designs that counting instructions did not decide between, each as a change of the constants of `launch`; `merge`
+# is the plan's.
+CHOICES = (dict(), dict(CHANNELS=4), dict(SAVE=16), dict(CHANNELS=4, SAVE=16), dict(SAVE=4), dict(merge=False),
+           dict(merge=True), dict(WARPS=2), dict(WARPS=32))
+
+
+def _choices(tiny: bool) -> Iterator[Tuple[dict, str, Shape, dict]]:
+    """(choice, label, shape, keywords of forward and backward)"""
+    shapes = {'map': TINY['map']} if tiny else {label: shape for label, shape in SHAPES.items() if label.startswith(
+        ('token', 'VMamba', 'one', 'small', 'channel'))}
+    for choice in CHOICES[:2] if tiny else CHOICES:
+        for label, shape in shapes.items():
+            if 'merge' not in choice:
+                yield choice, label, shape, {}
+            elif shape.directions > 1 and label.startswith(('token', 'small')):
+                whole = -(-shape.height * shape.width // 16) * 16
+                yield choice, label, shape, dict(plan=scan.Plan(choice['merge'], whole))
+
+
 def stage_plans(args) -> Iterator[dict]:
-    """The designs that counting instructions did not decide between, each as a change of the constants of `launch`."""
-    choices = [{}, dict(CHANNELS=4), dict(SAVE=16), dict(CHANNELS=4, SAVE=16), dict(SAVE=4), dict(WARPS=1 << 20),
-               dict(WARPS=2)]
-    shapes = [label for label in SHAPES if label.startswith(('token', 'VMamba', 'one', 'small', 'channel'))]
-    for choice in choices[:2] if args.dry_run else choices:
-        with constants(**choice):
-            for label in ['map'] if args.dry_run else shapes:
-                shape = TINY['map'] if args.dry_run else SHAPES[label]
-                if 'WARPS' in choice and shape.directions == 1:
-                    continue
-                times = time_scan(shape, torch.bfloat16, args.device)
-                yield dict(choice=choice, shape=label, **{k: times[k] for k in (
-                    'forward_ms', 'training_forward_ms', 'backward_ms')})
+    for choice, label, shape, plan in _choices(args.dry_run):
+        with constants(**{k: v for k, v in choice.items() if k != 'merge'}):
+            times = time_scan(shape, torch.bfloat16, args.device, **plan)
+        yield dict(choice=str(choice), shape=label, **{k: times[k] for k in (
+            'forward_ms', 'training_forward_ms', 'backward_ms')})
+
+
+def _compile_only(job: tuple, processors: int) -> float:
+    """Compile what a shape's forwards and backward launch, from tensors without memory, into Triton's cache on disk."""
+    from vim2.ops.triton import kernels
+    choice, _, shape, plan = job
+    begin = time.perf_counter()
+    scan._processors = lambda device: processors
+    scan._launch = lambda kernel, programs, *args, **rest: getattr(kernels, kernel).warmup(
+        *args, grid=(programs,), **rest)
+    with constants(**{k: v for k, v in choice.items() if k != 'merge'}):
+        data = make_inputs(shape, torch.bfloat16, 'meta')
+        scan.forward(*data, True, codes(shape), False, False, **plan)
+        _, _, saved = scan.forward(*data, True, codes(shape), False, True, **plan)
+        scan.backward(torch.empty_like(data[0]), None, *data, saved, True, codes(shape), **plan)
+    return time.perf_counter() - begin
+
+
+def stage_prepare(args) -> Iterator[dict]:
+    """What the timings and the plans launch, compiled side by side: one after the other it would take minutes."""
+    if args.dry_run:
+        yield dict(note='the interpreter compiles nothing')
+        return
+    jobs = [*_choices(False), *(({}, label, shape, {}) for label, shape in SHAPES.items())]
+    jobs.sort(key=lambda job: job[1])  # neighbours differ in their choice: few compile the same at the same time
+    processors = scan._processors(torch.device(args.device))
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context('spawn')) as pool:
+        futures = [pool.submit(_compile_only, job, processors) for job in jobs]
+        seconds = sorted(future.result() for future in as_completed(futures))
+    yield dict(shapes=len(jobs), median_s=seconds[len(seconds) // 2], longest_s=seconds[-1])
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -390,7 +431,8 @@ def stage_train(args) -> Iterator[dict]:
 
 
 STAGES = {  # and the seconds after which a stage starts nothing more
-    'correct': (stage_correct, 90), 'operator': (stage_operator, 30), 'timings': (stage_timings, 45),
+    'correct': (stage_correct, 90), 'operator': (stage_operator, 30), 'prepare': (stage_prepare, 90),
+    'timings': (stage_timings, 45),
     'models': (stage_models, 60), 'plans': (stage_plans, 75), 'compile': (stage_compile, 120),
     'train': (stage_train, float('inf')),
 }
