@@ -1,5 +1,6 @@
 """Models; importing this registers them with timm."""
 from .tsm2 import TSM2
 from .vim2 import VisionMambaMixer
+from .vmamba import VMamba
 
-__all__ = ['TSM2', 'VisionMambaMixer']
+__all__ = ['TSM2', 'VMamba', 'VisionMambaMixer']
