@@ -531,7 +531,7 @@ def test_damaged_files_are_refused(source, tmp_path, tool, suffix, damage):
     path = tmp_path / f'vmamba{suffix}'
     (torch.save if suffix == '.pth' else save_file)(source, path)
     path.write_bytes(damage(path.read_bytes()))
-    assert 'damaged, truncated or not a weights file' in refused(tool, path, tmp_path)
+    assert 'corrupt or truncated' in refused(tool, path, tmp_path)
 
 
 @pytest.mark.parametrize('legacy', [False, True])
@@ -539,7 +539,7 @@ def test_pickled_code_is_refused_and_not_run(source, tmp_path, tool, legacy):
     torch.save({'model': source, 'hook': Code(tmp_path / 'executed')}, tmp_path / 'vmamba.pth',
                _use_new_zipfile_serialization=not legacy)
     message = refused(tool, tmp_path / 'vmamba.pth', tmp_path)
-    assert ('could execute code' in message and 'open' in message) or (legacy and 'weights_only=True' in message)
+    assert ('could execute code' in message and 'open' in message) or (legacy and 'older than PyTorch 1.6' in message)
     with pytest.raises(RuntimeError):
         load(tmp_path / 'vmamba.pth', 7, **KWARGS)
     assert not (tmp_path / 'executed').exists()

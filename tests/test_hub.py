@@ -573,14 +573,16 @@ def test_bad_weights_of_tsm2(hub, forecaster, forecaster_files, files, load, tmp
 def test_manifest_of_the_package(root):
     """Every entry is complete; every bundled file is listed with its bytes, and no other lies there."""
     entries = pretrained.read_manifest(root / 'vim2' / 'weights' / 'manifest.json')
-    bundled = {w.file: w for w in entries.values() if not w.repo}
+    bundled = {w.file: w for w in entries.values() if w.path}
     folder = root / 'vim2' / 'weights'
     assert {p.relative_to(folder).as_posix() for p in folder.rglob('*.safetensors')} == set(bundled)
     for w in bundled.values():
         assert w.path.stat().st_size == w.size and pretrained.sha256(w.path) == w.sha256
-    assert {w.architecture for w in entries.values()} <= {*timm.list_models(module='vim2'), 'tsm2'}
+    assert {w.architecture for w in entries.values()} <= {
+        *(n for family in ('vim2', 'vmamba', 'vim') for n in timm.list_models(module=family)), 'tsm2'}
     for w in entries.values():
-        assert w.license and w.data and w.command.startswith('python tools/') and w.metric['on']
+        assert w.license and w.data and w.metric['on']
+        assert w.command.startswith('python tools/') if w.pinned else w.command is None
     table = str(vim2.list_pretrained())
     assert row_of(table, 'vim2_nano_patch2_32.cifar10') == ['3.7 MB', 'apache-2.0', entries[
         'vim2_nano_patch2_32.cifar10'].data, 'top-1 75.20 %', 'the package']
@@ -616,7 +618,8 @@ def row_of(table, name):
     (dict(file='../x.safetensors'), 'file must be'), (dict(file='x.bin'), 'file must be'),
     (dict(repo='org/x'), 'repo needs a revision'), (dict(revision='0' * 40), 'repo needs a revision'),
     (dict(repo='org/x', revision='main'), 'repo needs a revision'), (dict(metric={}), 'metric needs'),
-    (dict(license=None), 'license is None')])
+    (dict(license=None), 'license is None'), (dict(url='https://x/y.pth'), 'what is pinned no url'),
+    (dict(sha256='not pinned'), 'either a repo or a url'), (dict(command=None), 'command is None')])
 def test_bad_manifest(tmp_path, change, message):
     values = dict(file='x.safetensors', size=1, sha256='0' * 64, license='mit', data='d', command='c',
                   metric=dict(name='n', value=1., on='d'))

@@ -12,7 +12,7 @@ import argparse
 import os
 import re
 import shutil
-from collections import Counter, OrderedDict
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -24,19 +24,11 @@ from _common import UserError
 
 def read_source(path: str, use_ema: bool) -> Dict[str, torch.Tensor]:
     """The weights in a VMamba checkpoint; nothing in the file is executed."""
-    # VMamba's training loop saves its configuration beside the weights: read as a dict, of which no code is run.
-    safe = [argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
-    with torch.serialization.safe_globals(safe):
-        if os.path.isfile(path) and not path.endswith('.safetensors'):
-            try:
-                code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            except Exception:  # no zip file, or a damaged one: the reader says so below
-                code = []
-            if code:
-                raise UserError(f'{path} holds Python objects besides tensors ({", ".join(code[:4])}); reading them '
-                                'could execute code, so it is refused. Where you trust the file, save its weights '
-                                "alone: torch.save({'model': state_dict}, FILE)")
-        return common.read_checkpoint(path, use_ema)
+    from vim2.pretrained import read_checkpoint
+    try:
+        return read_checkpoint(path, ema=None if use_ema else False)
+    except (RuntimeError, FileNotFoundError) as e:
+        raise UserError(common.one_line(e, 1000)) from None
 
 
 def parse_blocks(texts: Optional[List[str]]) -> Optional[List[List[int]]]:

@@ -18,10 +18,9 @@ from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vim2 import pretrained as pretrained_weights
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage, upgrade_state_dict
 from .hierarchy import ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, Stem
-from .loading import create, key_problems, source_of
+from .loading import create, key_problems, published_cfgs, source_of
 from .vmamba import convert_vmamba, is_vmamba
 
 __all__ = ['VisionMambaMixer']
@@ -335,16 +334,7 @@ _ARCHITECTURES = {
 }
 
 
-def _default_cfgs(published: Dict[str, pretrained_weights.Weights]) -> Dict[str, Dict[str, Any]]:
-    """A configuration for each entry of the manifest, and `untrained` where an architecture has none."""
-    cfgs = {w.name: {**_ARCHITECTURES[w.architecture], **w.pretrained_cfg()} for w in published.values()
-            if w.architecture in _ARCHITECTURES}
-    trained = {w.architecture for w in published.values()}
-    cfgs.update({f'{name}.untrained': cfg for name, cfg in _ARCHITECTURES.items() if name not in trained})
-    return cfgs
-
-
-default_cfgs = generate_default_cfgs(_default_cfgs(pretrained_weights.manifest()))
+default_cfgs = generate_default_cfgs(published_cfgs(_ARCHITECTURES))
 
 
 @register_model

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from vim2.layers import S6, SelectiveTokenMixer, upgrade_state_dict
 from .hierarchy import ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, Stem
-from .loading import abridged, create, key_problems, source_of
+from .loading import abridged, create, key_problems, published_cfgs, source_of
 
 __all__ = ['VMamba', 'VMambaConversion', 'convert_vmamba', 'is_vmamba', 'spread_blocks']
 
@@ -340,7 +340,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VMamba) -> Dict[s
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
     return create(VMamba, variant, pretrained, checkpoint_filter_fn,
-                  dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **dict(_ARGUMENTS[variant], **kwargs))
+                  dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), ema_by_tag=True,
+                  **dict(_ARGUMENTS[variant], **kwargs))
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -389,7 +390,7 @@ _ARCHITECTURES = {
                **dict(input_size=(3, 64, 64), pool_size=(2, 2), license='apache-2.0', origin_url=None)
                if name.startswith('test_') else {})
     for name, args in _ARGUMENTS.items()}
-default_cfgs = generate_default_cfgs(_ARCHITECTURES)
+default_cfgs = generate_default_cfgs(published_cfgs(_ARCHITECTURES))
 
 
 @register_model
