@@ -4,7 +4,8 @@ What is here is what huggingface_hub asks for when models are pushed and loaded:
 card's metadata, preupload, Git LFS (batch, upload, verify), commits as ndjson, branches, pull requests (`refs/pr/1`),
 information, trees, `resolve` with its headers (ETag, X-Repo-Commit, X-Linked-*), and access tokens. As on the Hub,
 large files are redirected to another origin (here: another port), which must not see the token and understands ranges.
-There is no Xet: downloads then use plain HTTP by themselves; uploads do with HF_HUB_DISABLE_XET=1.
+There is no Xet: downloads then use plain HTTP by themselves; uploads do with HF_HUB_DISABLE_XET=1. GitHub's release
+pages are redirections to the same storage.
 
 Every request is kept in `requests`; `fail` makes requests to come go wrong.
 """
@@ -105,6 +106,7 @@ class HubServer:
         self.tokens = tokens or {'hf_owner': ('org', 'owner'), 'hf_reader': ('read',), 'hf_stranger': ('stranger',)}
         self.repos: Dict[str, Repo] = {}
         self.store: Dict[str, bytes] = {}  # large files by SHA-256
+        self.releases: Dict[str, str] = {}  # GitHub's release pages: path to SHA-256
         self.requests: List[Request] = []
         self.faults: List[Fault] = []
         self.lock = threading.RLock()
@@ -140,13 +142,20 @@ class HubServer:
                 entries[name] = File(data, lfs)
             return target.add(ref, Commit(entries, 'commit of a test', target.refs.get(ref)))
 
+    def release(self, path: str, data: bytes) -> str:
+        """Put a file on a release page, `/USER/PROJECT/releases/download/TAG/FILE` (quoted); its address."""
+        with self.lock:
+            self.releases[path] = hashlib.sha256(data).hexdigest()
+            self.store[self.releases[path]] = data
+        return self.url + path
+
     def fail(self, pattern: str, kind: Union[int, str], times: int = 1, method: str = 'GET|HEAD') -> None:
         """Let the next `times` requests whose path matches go wrong."""
         self.faults.append(Fault(pattern, kind, times, method))
 
     def reset(self) -> None:
         """An empty server, as it was in the beginning."""
-        for held in (self.requests, self.faults, self.repos, self.store):
+        for held in (self.requests, self.faults, self.repos, self.store, self.releases):
             held.clear()
 
     def seen(self, pattern: str = '', method: str = '') -> List[Request]:
@@ -458,6 +467,13 @@ class _Hub(_Handler):
                               'X-Linked-Size': str(len(file.data))}
         return self.ranged(file.data, {'Content-Type': 'text/plain; charset=utf-8', **headers})
 
+    def release(self):
+        """As GitHub: a redirection to the storage."""
+        oid = self.owner.releases.get(urlsplit(self.path).path)
+        if oid is None:
+            raise Problem(404, message='Not Found')
+        return 302, b'', {'Location': self.storage(oid)}
+
 
 _REPO = r'(?P<repo>[\w.-]+/[\w.-]+)'
 _REVISION = r'(?P<revision>[^/]+)'
@@ -475,5 +491,6 @@ _ROUTES = (
     ('POST', f'/api/models/{_REPO}/commit/{_REVISION}', 'create_commit'),
     ('POST', rf'/{_REPO}\.git/info/lfs/objects/batch', 'lfs_batch'),
     ('POST', rf'/{_REPO}\.git/info/lfs/verify', 'lfs_verify'),
+    ('GET|HEAD', r'/[\w.-]+/[\w.-]+/releases/download/.+', 'release'),
     ('GET|HEAD', f'/{_REPO}/resolve/{_REVISION}/(?P<name>.+)', 'resolve'),
 )

@@ -31,6 +31,13 @@ from .loading import create, key_problems, published_cfgs, source_of
 __all__ = ['Vim']
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+torch.fx.wrap('at_least_float32')  # it looks at the dtype
+
+
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, in float32 at least; its result has the weight's dtype."""
 
@@ -40,9 +47,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if weight.dtype == torch.float16 or weight.dtype == torch.bfloat16:
-            weight = weight.float()
+        weight = at_least_float32(self.weight)
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
@@ -60,8 +65,8 @@ class PatchEmbed(nn.Module):
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        _assert(x.shape[2] % self.stride == 0, 'the height of the images must be a multiple of the stride of the patches')
-        _assert(x.shape[3] % self.stride == 0, 'their width must be a multiple of the stride of the patches')
+        _assert(x.shape[2] % self.stride == 0, 'the height of images must be a multiple of the stride of the patches')
+        _assert(x.shape[3] % self.stride == 0, 'the width of images must be a multiple of the stride of the patches')
         return self.proj(x)
 
 
@@ -89,7 +94,7 @@ torch.fx.wrap('resample_position_embedding')  # it looks at sizes
 
 
 class VimBlock(nn.Module):
-    """`residual += hidden`, then the mixer of its norm; the residual stays in float32, whatever the mixer computes in."""
+    """`residual += hidden`, then the mixer of its norm; the residual is float32, whatever the mixer computes in."""
 
     def __init__(
             self,
@@ -303,10 +308,7 @@ class Vim(nn.Module):
 
     def _start(self, tokens: Tensor) -> Tuple[Tensor, Tensor]:
         """Hidden state and residual before the first block."""
-        residual = tokens
-        if residual.dtype == torch.float16 or residual.dtype == torch.bfloat16:
-            residual = residual.float()
-        return torch.zeros_like(tokens), residual
+        return torch.zeros_like(tokens), at_least_float32(tokens)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens, (B, h w + 1, D), the class token at h w // 2."""
@@ -355,7 +357,7 @@ def is_vim(keys: Any) -> bool:
 
 def rename_vim(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """A published state dict with the names and shapes of :class:`Vim`; what it does not have keeps its name."""
-    out, used = {}, set()
+    out = {}
     for key, value in state_dict.items():
         match = _MIXER.fullmatch(key)
         if match is None:
