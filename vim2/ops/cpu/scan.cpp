@@ -138,11 +138,12 @@ struct Block {
         const int run = lanes == LANES && x.channel != (x.type == FLOAT ? 4 : 2) ? runs(x, offset, count) : 0;
         for (int t = 0; run && t < count; t += LANES) {
             const int first = t + LANES <= count ? t : count - LANES, lowest = run > 0 ? first : first + LANES - 1;
+            const char *p = origin + offset[lowest];
             vf v[LANES];
-            for (int i = 0; i < LANES; i++)
-                v[i] = ::gather(x.type, x.type == FLOAT ? 4 : 2, origin + offset[lowest] + i * x.channel, LANES);
+            if (x.type == FLOAT) each_lane([&](int i) { v[i] = load((const float *)(p + i * x.channel)); }, all_lanes);
+            else for (int i = 0; i < LANES; i++) v[i] = ::gather(x.type, 2, p + i * x.channel, LANES);
             transpose(v);
-            for (int i = 0; i < LANES; i++) tile[lowest + run * i] = v[i];
+            each_lane([&](int i) { tile[lowest + run * i] = v[i]; }, all_lanes);
         }
         for (int t = 0; !run && t < count; t++) tile[t] = ::gather(x.type, x.channel, origin + offset[t], lanes);
     }
@@ -150,11 +151,12 @@ struct Block {
         const int run = lanes == LANES && x.channel != (x.type == FLOAT ? 4 : 2) ? runs(x, offset, count) : 0;
         for (int t = 0; run && t < count; t += LANES) {
             const int first = t + LANES <= count ? t : count - LANES, lowest = run > 0 ? first : first + LANES - 1;
+            char *p = origin + offset[lowest];
             vf v[LANES];
-            for (int i = 0; i < LANES; i++) v[i] = tile[lowest + run * i];
+            each_lane([&](int i) { v[i] = tile[lowest + run * i]; }, all_lanes);
             transpose(v);
-            for (int i = 0; i < LANES; i++)
-                ::scatter(x.type, x.type == FLOAT ? 4 : 2, origin + offset[lowest] + i * x.channel, LANES, v[i]);
+            if (x.type == FLOAT) each_lane([&](int i) { store((float *)(p + i * x.channel), v[i]); }, all_lanes);
+            else for (int i = 0; i < LANES; i++) ::scatter(x.type, 2, p + i * x.channel, LANES, v[i]);
         }
         for (int t = 0; !run && t < count; t++) ::scatter(x.type, x.channel, origin + offset[t], lanes, tile[t]);
     }
@@ -196,34 +198,45 @@ struct Block {
 // B or C of a chunk, `states` numbers a step; the rows have room for LANES more
 static void read_rows(const Tensor &x, i64 image, i64 group, const Chunk &chunk, int states, float *rows) {
     const char *origin = x.at(image, chunk.k) + group * x.group;
-    for (int t = 0; t < chunk.steps; t++, rows += states)
-        for (int n = 0; n < states; n += LANES)
-            store(rows + n, gather(x.type, x.state, origin + chunk.offset[x.path][t] + n * x.state,
-                                   states - n < LANES ? states - n : LANES));
+    for (int t = 0; t < chunk.steps; t++, rows += states) {
+        const char *p = origin + chunk.offset[x.path][t];
+        if (x.type == FLOAT && x.state == 4) memcpy(rows, p, sizeof(float) * states);
+        else for (int n = 0; n < states; n += LANES)
+            store(rows + n, gather(x.type, x.state, p + n * x.state, states - n < LANES ? states - n : LANES));
+    }
 }
 
-// Asks for the lines that the next chunk reads and writes, row by row: one of each stream at a time, while the
-// recurrence, which hardly uses the memory, runs. Each of this chunk's blocks asks for its share.
+// Asks for memory that is read and written soon, one register's worth of each stream at a time, while the recurrence,
+// which hardly uses the memory, runs. Where channels are neighbours: the job's next chunk, position by position, of which
+// each of this chunk's blocks asks for its share. Where positions are: the next block, channel by channel.
 template <int STREAMS>
 struct Ahead {
     const char *data[STREAMS];
-    const i64 *offset[STREAMS];
+    const i64 *offset;  // of the rows
     int row = 0, line = 0, lines;
-    bool on = true;  // no use for tensors that are gathered
+    bool on;            // not for streams that differ in how they move
 
-    Ahead(const Tensor *const (&streams)[STREAMS], i64 image, const Chunk &next, const Block &first, i64 blocks)
-        : lines(int(blocks)) {
+    Ahead(const Tensor *const (&streams)[STREAMS], const Cut &cut, const Job &job, const Chunk &chunk, i64 block,
+          const Job &next_job, const Chunk &next, const i64 *channels) {
+        const Tensor &x = *streams[0];
+        const bool along = x.channel != 4, more = along && block + 1 < job.last;
+        const Block there(cut, more ? block + 1 : next_job.first);
+        const Chunk &then = more ? chunk : next;
+        const i64 *positions = then.offset[x.path], end = positions[then.steps - 1];
+        on = x.type == FLOAT && there.lanes == LANES && (!along || runs(x, positions, then.steps));
         for (int i = 0; i < STREAMS; i++) {
-            on &= first.in_place(*streams[i]);
-            data[i] = streams[i]->at(image, next.k, first.channel), offset[i] = next.offset[streams[i]->path];
+            const Tensor &y = *streams[i];
+            on &= y.type == FLOAT && y.path == x.path && y.channel == x.channel;
+            data[i] = y.at(more ? job.image : next_job.image, then.k, there.channel);
+            if (along) data[i] += end < positions[0] ? end : positions[0];
         }
-    }
-    Ahead *share_of(i64 block) {
-        row = int(block * CHUNK / lines), line = int(block * CHUNK % lines);
-        return on ? this : nullptr;
+        offset = along ? channels : positions;
+        lines = int(along ? (then.steps + LANES - 1) / LANES : job.last - job.first);
+        if (!along) row = int((block - job.first) * CHUNK / lines), line = int((block - job.first) * CHUNK % lines);
     }
     void fetch() {
-        UNROLL (int i = 0; i < STREAMS; i++) __builtin_prefetch(data[i] + offset[i][row] + line * sizeof(vf), 0, 2);
+        const i64 at = offset[row] + line * i64(sizeof(vf));
+        UNROLL (int i = 0; i < STREAMS; i++) __builtin_prefetch(data[i] + at, 0, 2);
         if (++line == lines) line = 0, row++;
     }
 };
@@ -253,13 +266,13 @@ static void prepare(const Scan &p, const Chunk &chunk, View u, View delta, View 
 
 // The recurrence of R states: updates h, adds <C, h> to y
 template <int R>
-static void recur(Ahead<3> *ahead, int steps, int states, const Tiles &s, View to, const float *b, const float *c,
+static void recur(Ahead<3> ahead, int steps, int states, const Tiles &s, View to, const float *b, const float *c,
                   const vf *decay, vf *state) {
     vf h[R], a[R];
     UNROLL (int n = 0; n < R; n++) h[n] = state[n], a[n] = decay[n];
     for (int t = 0; t < steps; t++, b += states, c += states) {
         vf y = s.y[t];
-        if (ahead) ahead->fetch();
+        if (ahead.on) ahead.fetch();
         UNROLL (int n = 0; n < R; n++) {
             h[n] = exp2(s.dt[t] * a[n]) * h[n] + s.x[t] * b[n];
             y += h[n] * c[n];
@@ -287,6 +300,8 @@ extern "C" EXPORT void vim2_scan_forward(Scan *scan) {
     float *rows_b = (float *)(decay + each), *rows_c = rows_b + LANES * row_vectors;
     Tiles s;
     Chunk chunks[2], *chunk = &chunks[0], *next = &chunks[1];
+    i64 channels[CHUNK];
+    for (int i = 0; i < CHUNK; i++) channels[i] = i % LANES * p.u.channel;
 
     chunk->set(p, cut, 0, 0);
     for (i64 number; (number = take_job(p)) < cut.jobs;) {
@@ -304,8 +319,6 @@ extern "C" EXPORT void vim2_scan_forward(Scan *scan) {
                 next->set(p, cut, end ? 0 : k + over, over ? 0 : index + 1);
                 const i64 soon = end ? __atomic_load_n(&p.next_job, __ATOMIC_RELAXED) : number;
                 const Job next_job(p, cut, soon < cut.jobs ? soon : number);
-                Ahead<3> ahead({&p.u, &p.delta, &p.out}, next_job.image, *next, Block(cut, next_job.first),
-                               job.last - job.first);
                 const int steps = chunk->steps;
                 i64 group = -1;
                 for (i64 block = job.first; block < job.last; block++) {
@@ -320,6 +333,7 @@ extern "C" EXPORT void vim2_scan_forward(Scan *scan) {
                         const i64 slot = ((job.image * p.directions + k) * cut.chunks + index) * cut.blocks + block;
                         memcpy(p.saved + LANES * states * slot, state, sizeof(vf) * states);
                     }
+                    Ahead<3> ahead({&p.u, &p.delta, &p.out}, cut, job, *chunk, block, next_job, *next, channels);
                     const View u = here.read(p.u, job.image, *chunk, s.gathered[0]);
                     const View delta = here.read(p.delta, job.image, *chunk, s.gathered[1]);
                     const View out = here.write(p.out, job.image, *chunk, s.gathered[2], k > 0);
@@ -329,9 +343,9 @@ extern "C" EXPORT void vim2_scan_forward(Scan *scan) {
                         const int count = states - n >= 8 ? 8 : states - n >= 4 ? 4 : 1, after = n + count;
                         const View to = after == states && !gated ? out : tile_view(s.y);
                         (count == 8 ? recur<8> : count == 4 ? recur<4> : recur<1>)(
-                            n ? nullptr : ahead.share_of(block - job.first), steps, states, s, to, rows_b + n,
+                            ahead, steps, states, s, to, rows_b + n,
                             rows_c + n, a + n, state + n);
-                        n = after;
+                        n = after, ahead.on = false;
                     }
                     if (gated) gate(steps, s, here.read(p.z, job.image, *chunk, s.gathered[3]), out);
                     here.finish_write(s.gathered[2], p.out, job.image, *chunk);
@@ -347,6 +361,8 @@ extern "C" EXPORT void vim2_scan_forward(Scan *scan) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
 static int folded(int states) { return states / 4 + states % 4; }  // vectors that `states` states fold to
 
 // Adds the sums of a chunk's folded vectors to the gradient of B or C, and clears them
@@ -356,11 +372,14 @@ static void add_rows(const Tensor &x, const Job &job, i64 group, const Chunk &ch
     for (int t = 0; t < chunk.steps; t++) {
         char *p = origin + chunk.offset[x.path][t];
         for (int n = 0; n < states; sums++) {
-            float four[4] = {};
-            UNROLL (int i = 0; i < LANES; i++) four[i % 4] += sums[0][which][i];
+            const quad *quads = (const quad *)&sums[0][which];
+            quad four = quads[0];
+            UNROLL (int i = 1; i < LANES / 4; i++) four += quads[i];
             const int count = n + 4 <= states ? 4 : 1;
             if (count == 1) four[0] += four[1] + four[2] + four[3];
-            for (int i = 0; i < count; i++, n++, p += x.state) *(float *)p += four[i];
+            if (count == 4 && x.state == 4) *(quad *)p += four;
+            else for (int i = 0; i < count; i++) *(float *)(p + i * x.state) += four[i];
+            n += count, p += count * x.state;
             sums[0][which] = vf{};
         }
     }
@@ -401,12 +420,12 @@ static vf prepare_backward(const Scan &p, const Chunk &chunk, View u, View delta
 // R states through a chunk, recomputed from those at its start, then their adjoints g back through it. Adds to y if
 // it is wanted, to the gradients of A, of dt u (gx) and of dt through the decay (gd), and, folded, to those of B and C.
 template <int R>
-static void adjoint(Ahead<5> *ahead, bool want_y, int steps, int states, Tiles &s, const float *b, const float *c,
+static void adjoint(Ahead<5> ahead, bool want_y, int steps, int states, Tiles &s, const float *b, const float *c,
                     const vf *decay, const float *saved, vf *carry, vf *grad_a, vf (*sums)[2]) {
     vf before[CHUNK][R], rate[CHUNK][R], h[R], a[R], g[R], ga[R];
     UNROLL (int n = 0; n < R; n++) h[n] = load(saved + n * LANES), a[n] = decay[n];
     for (int t = 0; t < steps; t++, b += states, c += states) {
-        if (ahead) ahead->fetch();
+        if (ahead.on) ahead.fetch();
         UNROLL (int n = 0; n < R; n++) {
             before[t][n] = h[n];
             rate[t][n] = exp2(s.dt[t] * a[n]);
@@ -477,6 +496,8 @@ extern "C" EXPORT void vim2_scan_backward(Scan *scan) {
     memset((void *)sums, 0, sizeof(vf) * 2 * CHUNK * slots);
     Tiles s;
     Chunk chunks[2], *chunk = &chunks[0], *next = &chunks[1];
+    i64 channels[CHUNK];
+    for (int i = 0; i < CHUNK; i++) channels[i] = i % LANES * p.u.channel;
 
     chunk->set(p, cut, 0, cut.chunks - 1);
     for (i64 number; (number = take_job(p)) < cut.jobs;) {
@@ -495,8 +516,6 @@ extern "C" EXPORT void vim2_scan_backward(Scan *scan) {
                 next->set(p, cut, end ? 0 : k + over, over ? cut.chunks - 1 : index - 1);
                 const i64 soon = end ? __atomic_load_n(&p.next_job, __ATOMIC_RELAXED) : number;
                 const Job next_job(p, cut, soon < cut.jobs ? soon : number);
-                Ahead<5> ahead({&p.u, &p.delta, &p.grad_out, &p.grad_u, &p.grad_delta}, next_job.image, *next,
-                               Block(cut, next_job.first), job.last - job.first);
                 const int steps = chunk->steps;
                 i64 group = -1;
                 auto finish_group = [&]() {
@@ -512,6 +531,8 @@ extern "C" EXPORT void vim2_scan_backward(Scan *scan) {
                         read_rows(p.B, job.image, group * p.groups_b / p.groups, *chunk, states, rows_b);
                         read_rows(p.C, job.image, group * p.groups_c / p.groups, *chunk, states, rows_c);
                     }
+                    Ahead<5> ahead({&p.u, &p.delta, &p.grad_out, &p.grad_u, &p.grad_delta}, cut, job, *chunk, block,
+                                   next_job, *next, channels);
                     const View u = here.read(p.u, job.image, *chunk, s.gathered[0]);
                     const View delta = here.read(p.delta, job.image, *chunk, s.gathered[1]);
                     View grad_y = here.read(p.grad_out, job.image, *chunk, s.gathered[2]);
@@ -527,10 +548,10 @@ extern "C" EXPORT void vim2_scan_backward(Scan *scan) {
                     for (int n = 0, j = 0; n < states; j++) {
                         const int count = n + 4 <= states ? 4 : 1;
                         (count == 4 ? adjoint<4> : adjoint<1>)(
-                            n ? nullptr : ahead.share_of(i), gated, steps, states, s, rows_b + n, rows_c + n,
+                            ahead, gated, steps, states, s, rows_b + n, rows_c + n,
                             decay + at + n, p.saved + LANES * (slot * states + n), carry + at + n, sum_a + at + n,
                             sums + j);
-                        n += count;
+                        n += count, ahead.on = false;
                     }
                     sum_bias[i] += finish_backward(p, *chunk, u, grad_u, grad_delta, skip, s);
                     here.finish_write(s.gathered[3], p.grad_u, job.image, *chunk);

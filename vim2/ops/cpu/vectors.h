@@ -143,6 +143,10 @@ template <int n, int... i> struct LanesTo : LanesTo<n - 1, n - 1, i...> {};
 template <int... i> struct LanesTo<0, i...> { typedef Lanes<i...> type; };
 constexpr LanesTo<LANES>::type all_lanes;
 
+// f of each lane: unlike what a pragma unrolls, early enough for arrays to become registers
+template <class F, int... i>
+INLINE void each_lane(F f, Lanes<i...>) { (f(i), ...); }
+
 // In a matrix of S x S tiles, those of row a and of row b: of each pair of tiles the first of both, and the second
 template <int S, int... i>
 INLINE vf firsts(vf a, vf b, Lanes<i...>) { return __builtin_shufflevector(a, b, (i & S ? LANES + i - S : i)...); }
@@ -152,16 +156,24 @@ INLINE vf seconds(vf a, vf b, Lanes<i...>) { return __builtin_shufflevector(a, b
 // Transposes LANES vectors, from tiles of half a vector to single elements
 template <int S = LANES / 2>
 INLINE void transpose(vf *v) {
-    UNROLL (int i = 0; i < LANES; i++) {
-        if (i & S) continue;
+    each_lane([&](int i) {
+        if (i & S) return;
         const vf a = v[i], b = v[i + S];
         v[i] = firsts<S>(a, b, all_lanes), v[i + S] = seconds<S>(a, b, all_lanes);
-    }
+    }, all_lanes);
     if constexpr (S > 1) transpose<S / 2>(v);
 }
 
-template <int S>
-INLINE vf add_pairs(vf a, vf b) { return firsts<S>(a, b, all_lanes) + seconds<S>(a, b, all_lanes); }
+// Per four lanes, those of x and y (which count from 4) that a, b, c, d say
+template <int a, int b, int c, int d, int... i>
+INLINE vf pick(vf x, vf y, Lanes<i...>) {
+    constexpr int from[] = {a, b, c, d};
+    return __builtin_shufflevector(x, y, (i / 4 * 4 + from[i % 4] % 4 + (from[i % 4] < 4 ? 0 : LANES))...);
+}
 
 // Four vectors as one: of each four neighbouring lanes, the sums of the four vectors' lanes there
-INLINE vf fold4(const vf *v) { return add_pairs<2>(add_pairs<1>(v[0], v[1]), add_pairs<1>(v[2], v[3])); }
+INLINE vf fold4(const vf *v) {
+    const vf ab = pick<0, 4, 1, 5>(v[0], v[1], all_lanes) + pick<2, 6, 3, 7>(v[0], v[1], all_lanes);
+    const vf cd = pick<0, 4, 1, 5>(v[2], v[3], all_lanes) + pick<2, 6, 3, 7>(v[2], v[3], all_lanes);
+    return pick<0, 1, 4, 5>(ab, cd, all_lanes) + pick<2, 3, 6, 7>(ab, cd, all_lanes);
+}
