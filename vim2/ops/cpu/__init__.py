@@ -86,15 +86,23 @@ def _find_openmp():
     """`GOMP_parallel` of the OpenMP runtime that torch runs on, or None.
 
     The same threads then serve torch and the scan: a second pool would fight with torch's, whose threads spin for a
-    while after each operator. On Linux torch loads its runtime into the global namespace.
+    while after each operator.
     """
     if sys.platform != 'linux' or 'OpenMP' not in torch.__config__.parallel_info():
         return None
-    function = getattr(ctypes.CDLL(None), 'GOMP_parallel', None)
-    if function is not None:
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-    return function
+    with open('/proc/self/maps') as maps:
+        paths = {line.split(None, 5)[-1].strip() for line in maps if 'omp' in line and '.so' in line}
+    home = str(Path(torch.__file__).parent.parent)
+    for path in sorted(paths, key=lambda path: (not path.startswith(home), path)):
+        if os.path.basename(path).startswith(('libgomp', 'libiomp5', 'libomp')):
+            try:
+                function = ctypes.CDLL(path).GOMP_parallel
+            except (OSError, AttributeError):
+                continue
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
+            return function
+    return None
 
 
 _openmp = _find_openmp()

@@ -1,6 +1,6 @@
 """Builds the libraries of the CPU scan, one per instruction set: setup.py does so when vim2 is installed.
 
-    python vim2/ops/cpu/build.py      beside their sources, for this machine: what a checkout needs after each change
+    python vim2/ops/cpu/build.py [PLATFORM]   beside their sources, for this machine: a checkout needs it after each change
 
 The compiler is Zig's Clang (`pip install ziglang`), which compiles for every platform on every platform; the
 environment variable CXX names another one (GCC 12 or later, Clang 15 or later), for this machine.
@@ -76,6 +76,7 @@ def compile_library(isa: str, output: Path, target: Optional[str], source: Path 
 
 
 if __name__ == '__main__':
-    for name, isa in libraries(this_platform()).items():
-        compile_library(isa, FOLDER / name, this_platform())
+    target = sys.argv[1] if len(sys.argv) > 1 else this_platform()
+    for name, isa in libraries(target).items():
+        compile_library(isa, FOLDER / name, target)
         print(FOLDER / name)
