@@ -1,6 +1,6 @@
 """Builds the libraries of the CPU scan, one per instruction set: setup.py does so when vim2 is installed.
 
-    python vim2/ops/cpu/build.py [PLATFORM]   beside their sources, for this machine: a checkout needs it after each change
+    python vim2/ops/cpu/build.py [PLATFORM]   beside their sources, for this machine: after each change of a checkout
 
 The compiler is Zig's Clang (`pip install ziglang`), which compiles for every platform on every platform; the
 environment variable CXX names another one (GCC 12 or later, Clang 15 or later), for this machine.
