@@ -61,7 +61,7 @@ def test_gpu_check_without_a_gpu(root, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / 'check.json').read_text())
     assert list(result['stages']) == [
-        'correct', 'operator', 'prepare', 'timings', 'models', 'plans', 'compile', 'train']
+        'correct', 'operator', 'timings', 'plans', 'models', 'compile', 'train']
     assert all(stage['rows'] for stage in result['stages'].values())
     assert all(row['passed'] for row in result['stages']['correct']['rows'])
     assert '## timings' in (tmp_path / 'check.md').read_text()

@@ -54,17 +54,17 @@ class Shape:
         return f'B{self.batch} E{self.channels} L{size} N{self.states} K{self.directions}{time}'
 
 
-SHAPES = {
+SHAPES = {  # what tells most first: a stage may be cut short
     'token mixer, stage 1 at 224': Shape(128, 192, 56, 56),
-    'token mixer, stage 2 at 224': Shape(128, 384, 28, 28),
     'token mixer, stage 3 at 224': Shape(128, 768, 14, 14),
-    'token mixer, stage 4 at 224': Shape(128, 1536, 7, 7),
+    'channel mixer, stage 3 at 224': Shape(128, 196, 1, 768, 16, 1, 'time'),
+    'the same, channels contiguous': Shape(128, 196, 1, 768, 16, 1),
     'VMamba (N = 1), stage 2 at 224': Shape(128, 384, 28, 28, 1),
+    'token mixer, stage 2 at 224': Shape(128, 384, 28, 28),
+    'token mixer, stage 4 at 224': Shape(128, 1536, 7, 7),
     'small net, 32x32': Shape(256, 64, 32, 32),
     'small net, 4x4': Shape(256, 512, 4, 4),
     'one image of 1024, stage 1': Shape(1, 192, 256, 256),
-    'channel mixer, stage 3 at 224': Shape(128, 196, 1, 768, 16, 1, 'time'),
-    'the same, channels contiguous': Shape(128, 196, 1, 768, 16, 1),
     'sequence': Shape(8, 2048, 1, 2048, 16, 1),
 }
 TINY = {'map': Shape(1, 6, 2, 3, 2, 2), 'sequence': Shape(1, 5, 1, 6, 2, 1, 'time')}
@@ -213,7 +213,7 @@ def synchronize(device: str) -> None:
         getattr(torch, device).synchronize()
 
 
-def milliseconds(fn: Callable[[], object], device: str, seconds: float = 0.25) -> Tuple[float, float]:
+def milliseconds(fn: Callable[[], object], device: str, seconds: float = 0.15) -> Tuple[float, float]:
     """(time on the device, time of the call in Python), medians after a warm-up that compiles."""
     fn()
     synchronize(device)
@@ -249,23 +249,6 @@ def time_scan(shape: Shape, dtype: torch.dtype, device: str, **plan) -> dict:
                 backward_call_ms=back_call)
 
 
-def stage_timings(args) -> Iterator[dict]:
-    """Each stage's shape; the reference where it can hold every state."""
-    for label, shape in (TINY if args.dry_run else SHAPES).items():
-        yield dict(shape=label, size=str(shape), dtype='bf16', **time_scan(shape, torch.bfloat16, args.device))
-    for label, shape in (TINY if args.dry_run else {
-            'token mixer, stage 3 at 224, batch 8': Shape(8, 768, 14, 14)}).items():
-        u, delta, A, B, C, D, _, bias = make_inputs(shape, torch.bfloat16, args.device)
-        leaves = [t.detach().requires_grad_() for t in (u, delta, A, B[:, :, 0], C[:, :, 0], D, bias)]
-        if shape.directions == 1:
-            continue
-        for backend in ('triton', 'reference'):
-            def training(backend=backend, leaves=leaves):
-                torch.autograd.grad(cross_selective_scan(*leaves, True, backend=backend).sum(), leaves)
-            ms, call = milliseconds(training, args.device)
-            yield dict(shape=label, size=str(shape), dtype='bf16', backend=backend, training_ms=ms, call_ms=call)
-
-
 @contextlib.contextmanager
 def constants(**values):
     before = {name: getattr(scan, name) for name in values}
@@ -280,61 +263,74 @@ def constants(**values):
         scan.make_plan.cache_clear()
 
 
-# The designs that counting instructions did not decide between, each as a change of the constants of `launch`; `merge`
-# is the plan's.
-CHOICES = (dict(), dict(CHANNELS=4), dict(SAVE=16), dict(CHANNELS=4, SAVE=16), dict(SAVE=4), dict(merge=False),
-           dict(merge=True), dict(WARPS=2), dict(WARPS=32))
+Job = Tuple[dict, str, Shape]  # changes of the constants of `launch` (`merge` is the plan's), label, shape
 
 
-def _choices(tiny: bool) -> Iterator[Tuple[dict, str, Shape, dict]]:
-    """(choice, label, shape, keywords of forward and backward)"""
-    shapes = {'map': TINY['map']} if tiny else {label: shape for label, shape in SHAPES.items() if label.startswith(
-        ('token', 'VMamba', 'one', 'small', 'channel'))}
-    for choice in CHOICES[:2] if tiny else CHOICES:
-        for label, shape in shapes.items():
-            if 'merge' not in choice:
-                yield choice, label, shape, {}
-            elif shape.directions > 1 and label.startswith(('token', 'small')):
-                whole = -(-shape.height * shape.width // 16) * 16
-                yield choice, label, shape, dict(plan=scan.Plan(choice['merge'], whole))
+def _plan(choice: dict, shape: Shape) -> dict:
+    """Keywords of forward and backward."""
+    whole = -(-shape.height * shape.width // 16) * 16
+    return dict(plan=scan.Plan(choice['merge'], whole)) if 'merge' in choice else {}
 
 
-def stage_plans(args) -> Iterator[dict]:
-    for choice, label, shape, plan in _choices(args.dry_run):
-        with constants(**{k: v for k, v in choice.items() if k != 'merge'}):
-            times = time_scan(shape, torch.bfloat16, args.device, **plan)
-        yield dict(choice=str(choice), shape=label, **{k: times[k] for k in (
-            'forward_ms', 'training_forward_ms', 'backward_ms')})
+def _of_launch(choice: dict) -> dict:
+    return {k: v for k, v in choice.items() if k != 'merge'}
 
 
-def _compile_only(job: tuple, processors: int) -> float:
+def _compile_only(job: Job, processors: int) -> None:
     """Compile what a shape's forwards and backward launch, from tensors without memory, into Triton's cache on disk."""
     from vim2.ops.triton import kernels
-    choice, _, shape, plan = job
-    begin = time.perf_counter()
+    choice, _, shape = job
     scan._processors = lambda device: processors
     scan._launch = lambda kernel, programs, *args, **rest: getattr(kernels, kernel).warmup(
         *args, grid=(programs,), **rest)
-    with constants(**{k: v for k, v in choice.items() if k != 'merge'}):
-        data = make_inputs(shape, torch.bfloat16, 'meta')
+    with constants(**_of_launch(choice)):
+        data, plan = make_inputs(shape, torch.bfloat16, 'meta'), _plan(choice, shape)
         scan.forward(*data, True, codes(shape), False, False, **plan)
         _, _, saved = scan.forward(*data, True, codes(shape), False, True, **plan)
         scan.backward(torch.empty_like(data[0]), None, *data, saved, True, codes(shape), **plan)
-    return time.perf_counter() - begin
 
 
-def stage_prepare(args) -> Iterator[dict]:
-    """What the timings and the plans launch, compiled side by side: one after the other it would take minutes."""
-    if args.dry_run:
-        yield dict(note='the interpreter compiles nothing')
-        return
-    jobs = [*_choices(False), *(({}, label, shape, {}) for label, shape in SHAPES.items())]
-    jobs.sort(key=lambda job: job[1])  # neighbours differ in their choice: few compile the same at the same time
-    processors = scan._processors(torch.device(args.device))
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context('spawn')) as pool:
-        futures = [pool.submit(_compile_only, job, processors) for job in jobs]
-        seconds = sorted(future.result() for future in as_completed(futures))
-    yield dict(shapes=len(jobs), median_s=seconds[len(seconds) // 2], longest_s=seconds[-1])
+def _compile_side_by_side(jobs: List[Job], args) -> None:
+    """One after the other, as they are launched, it would take minutes."""
+    if not args.dry_run:
+        processors = scan._processors(torch.device(args.device))
+        with ProcessPoolExecutor(args.workers, multiprocessing.get_context('spawn')) as pool:
+            for future in [pool.submit(_compile_only, job, processors) for job in jobs]:
+                future.result()
+
+
+def stage_timings(args) -> Iterator[dict]:
+    """Each stage's shape; the whole training step of an operator beside the reference's."""
+    shapes = TINY if args.dry_run else SHAPES
+    _compile_side_by_side([({}, label, shape) for label, shape in shapes.items()], args)
+    for label, shape in shapes.items():
+        yield dict(shape=label, size=str(shape), dtype='bf16', **time_scan(shape, torch.bfloat16, args.device))
+    shape = TINY['map'] if args.dry_run else Shape(8, 768, 14, 14)
+    u, delta, A, B, C, D, _, bias = make_inputs(shape, torch.bfloat16, args.device)
+    leaves = [t.detach().requires_grad_() for t in (u, delta, A, B[:, :, 0], C[:, :, 0], D, bias)]
+    for backend in ('triton', 'reference'):
+        def training(backend=backend):
+            torch.autograd.grad(cross_selective_scan(*leaves, True, backend=backend).sum(), leaves)
+        ms, call = milliseconds(training, args.device)
+        yield dict(shape=f'operator, {backend}', size=str(shape), dtype='bf16', training_ms=ms, call_ms=call)
+
+
+# The designs that counting instructions did not decide between.
+CHOICES = (dict(), dict(SAVE=16), dict(CHANNELS=1), dict(SAVE=4), dict(merge=False), dict(merge=True))
+
+
+def stage_plans(args) -> Iterator[dict]:
+    shapes = {'map': TINY['map']} if args.dry_run else {label: SHAPES[label] for label in (
+        'token mixer, stage 1 at 224', 'token mixer, stage 3 at 224', 'channel mixer, stage 3 at 224',
+        'small net, 4x4')}
+    jobs = [(choice, label, shape) for choice in (CHOICES[:2] if args.dry_run else CHOICES)
+            for label, shape in shapes.items() if 'merge' not in choice or shape.directions > 1]
+    _compile_side_by_side(jobs, args)
+    for choice, label, shape in jobs:
+        with constants(**_of_launch(choice)):
+            times = time_scan(shape, torch.bfloat16, args.device, **_plan(choice, shape))
+        yield dict(choice=str(choice), shape=label, **{k: times[k] for k in (
+            'forward_ms', 'training_forward_ms', 'backward_ms')})
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -431,9 +427,8 @@ def stage_train(args) -> Iterator[dict]:
 
 
 STAGES = {  # and the seconds after which a stage starts nothing more
-    'correct': (stage_correct, 90), 'operator': (stage_operator, 30), 'prepare': (stage_prepare, 90),
-    'timings': (stage_timings, 45),
-    'models': (stage_models, 60), 'plans': (stage_plans, 75), 'compile': (stage_compile, 120),
+    'correct': (stage_correct, 90), 'operator': (stage_operator, 30), 'timings': (stage_timings, 40),
+    'plans': (stage_plans, 40), 'models': (stage_models, 60), 'compile': (stage_compile, 120),
     'train': (stage_train, float('inf')),
 }
 
