@@ -49,6 +49,7 @@ import _data as data
 import _datasets as datasets
 import validate as validation
 from _common import KeyValue, UserError
+from _device import DeviceBatches, GraphedStep
 
 _FORMAT = 1
 # Options that may differ between a run and its continuation: they do not touch the numbers (or say where things are).
@@ -74,6 +75,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and batch')
     g.add_argument('--val-batch-size', type=int, metavar='N', help='the same for evaluation (default: --batch-size)')
     g.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes per training process')
+    g.add_argument('--data-on-device', action=_flag, default=False,
+                   help='npz: keep all images on the device and crop, flip and color them there: for small images')
     g.add_argument('--pin-memory', action=_flag, default=False, help='page-locked batches, for faster copies to a GPU')
 
     g = parser.add_argument_group('model')
@@ -95,6 +98,8 @@ def get_parser() -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('optimization')
     g.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs, warm-up included')
+    g.add_argument('--minutes', type=float, metavar='M',
+                   help='end after M minutes at the latest: schedule and --mixup-off-epoch then run by the clock')
     g.add_argument('--opt', default='adamw', metavar='NAME', help="optimizer, one of timm.optim.list_optimizers()")
     g.add_argument('--lr', type=float, default=1e-3, metavar='X', help='peak learning rate')
     g.add_argument('--weight-decay', type=float, default=0.05, metavar='X', help='weight decay')
@@ -159,6 +164,8 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_precision_arguments(g)
     g.add_argument('--channels-last', action=_flag, default=False, help='channels-last memory format')
     g.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    g.add_argument('--cuda-graph', action=_flag, default=False,
+                   help='replay forward and backward as a CUDA graph: for small models, which wait for their launches')
     g.add_argument('--deterministic', action=_flag, default=False, help='refuse nondeterministic kernels (GPU)')
     g.add_argument('--sync-bn', action=_flag, default=False, help='batch norm statistics over all processes')
     g.add_argument('--dist-backend', metavar='NAME', help='torch.distributed backend (default: by device)')
@@ -175,7 +182,8 @@ def get_parser() -> argparse.ArgumentParser:
                    help='continue although options differ that change the numbers')
     g.add_argument('--checkpoint-interval-steps', type=int, default=0, metavar='N',
                    help='write last.pth.tar every N optimizer updates too, 0: at the end of epochs only')
-    g.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
+    g.add_argument('--val-interval', type=int, default=1, metavar='N',
+                   help='epochs between evaluations; the last epoch is evaluated too; 0: never')
     g.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
                    help='what makes an epoch the best')
     g.add_argument('--log-interval', type=float, default=60, metavar='S',
@@ -221,10 +229,10 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[argparse.Namespace, Op
 
 
 def check_args(args: argparse.Namespace) -> None:
-    common.at_least(args, 1, 'batch_size', 'val_batch_size', 'epochs', 'grad_accum_steps', 'val_interval',
-                    'num_classes', 'in_chans', 'recount')
-    common.at_least(args, 0, 'workers', 'checkpoint_interval_steps', 'warmup_epochs', 'lr', 'weight_decay', 'seed',
-                    'crop_padding', 'mixup', 'cutmix', 'cooldown_epochs', 'log_interval')
+    common.at_least(args, 1, 'batch_size', 'val_batch_size', 'epochs', 'grad_accum_steps', 'num_classes', 'in_chans',
+                    'recount')
+    common.at_least(args, 0, 'val_interval', 'workers', 'checkpoint_interval_steps', 'warmup_epochs', 'lr',
+                    'weight_decay', 'seed', 'crop_padding', 'mixup', 'cutmix', 'cooldown_epochs', 'log_interval')
     for name in ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'model_ema_decay', 'drop',
                  'drop_path'):
         value = getattr(args, name)
@@ -233,6 +241,13 @@ def check_args(args: argparse.Namespace) -> None:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f'mixup and CutMix pair images: --batch-size must be even, got {args.batch_size}')
     common.image_size(args.img_size)
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError(f'--minutes must be positive, got {args.minutes}')
+    if args.data_on_device and (args.dataset != 'npz' or args.aa or args.vflip):
+        raise UserError('--data-on-device needs --dataset npz, and works without --aa and --vflip')
+    if args.cuda_graph and (args.grad_accum_steps > 1 or args.grad_checkpointing
+                            or args.amp and args.amp_dtype == 'float16'):
+        raise UserError('--cuda-graph works without --grad-accum-steps, --grad-checkpointing and --amp-dtype float16')
     if args.train_sizes and min(args.train_sizes) < 1:
         raise UserError(f'--train-sizes must be positive, got {min(args.train_sizes)}')
 
@@ -417,7 +432,8 @@ class Trainer:
 
     def open_data(self) -> None:
         args = self.args
-        shared = dict(class_map=args.class_map, download=args.dataset_download, cache_images=args.cache_images,
+        shared = dict(class_map=args.class_map, download=args.dataset_download,
+                      cache_images=args.cache_images or args.data_on_device,
                       input_key=args.input_key, target_key=args.target_key, seed=args.seed, verbose=self.primary)
         self.train_data = datasets.open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
                                                 batch_size=args.batch_size, num_samples=args.train_num_samples,
@@ -476,7 +492,16 @@ class Trainer:
         loader = dict(batch_size=args.batch_size, transform=transform, mean=config['mean'], std=config['std'],
                       channels=config['input_size'][0], device=self.device, workers=args.workers, seed=args.seed,
                       pin_memory=args.pin_memory)
-        if self.streaming:
+        if args.data_on_device:
+            self.sampler = data.EpochBatches(len(self.train_data), args.batch_size, args.seed, self.rank,
+                                             self.world_size)
+            self.train_loader = DeviceBatches(
+                self.train_data.cache, self.train_data.labels[self.train_data.indices], self.sampler, seed=args.seed,
+                size=config['input_size'][-2:], mean=config['mean'], std=config['std'], device=self.device,
+                crop_mode=None if args.no_aug else args.train_crop_mode or 'rrc', padding=args.crop_padding,
+                scale=args.scale or (0.08, 1.), ratio=args.ratio or (3 / 4, 4 / 3),
+                hflip=0. if args.no_aug else args.hflip, color_jitter=0. if args.no_aug else args.color_jitter or 0.)
+        elif self.streaming:
             self.train_loader, self.sampler = data.streaming_loader(self.train_data, **loader), None
         else:
             self.train_loader, self.sampler = data.train_loader(
@@ -527,7 +552,14 @@ class Trainer:
         args = self.args
         self.train_model = self.model
         if args.torchcompile:
-            self.train_model = torch.compile(self.model, backend=args.torchcompile)
+            self.train_model = torch.compile(self.model, backend=args.torchcompile,
+                                             dynamic=False if args.cuda_graph else None)
+        self.graph = None
+        if args.cuda_graph:
+            if self.device.type != 'cuda' or self.distributed:
+                raise UserError('--cuda-graph needs one process on a CUDA device')
+            self.graph = GraphedStep(self.train_model, self.criterion, self.autocast, self.optimizer,
+                                     others=self.model, size=self.data_config['input_size'][-2:])
         if self.distributed:
             from torch.nn.parallel import DistributedDataParallel
             ids = None if self.device.type == 'cpu' else [self.device]
@@ -620,13 +652,14 @@ class Trainer:
             self.log(f'resumed from {args.resume} at epoch {p.epoch}, batch {p.batch} of {self.batches}')
         if p.epoch >= self.epochs:
             self.log(f'nothing to do: the run has its {self.epochs} epochs')
-        while p.epoch < self.epochs:
+        self.started, self.seconds_before, self.before_first_update = time.monotonic(), p.train_seconds, None
+        while p.epoch < self.epochs and self.spent() < 1:
             train = self.train_epoch()
             self.finish_epoch(train)
         if self.primary:
             self.take_best()
             folder = self.run.export(self.model, self.label_names, self.label_descriptions)
-            what = 'the weights of the last epoch, which were never evaluated'
+            what = f'the {p.best_kind} of the last epoch, which were never evaluated'
             if p.best_metric is not None:
                 what = (f'the {p.best_kind} of epoch {p.best_epoch}, the best that were evaluated: '
                         f'{args.eval_metric} {p.best_metric:.3f}')
@@ -638,6 +671,8 @@ class Trainer:
     def take_best(self) -> None:
         """Put the weights that were evaluated best into the model."""
         p = self.progress
+        if p.best_metric is None and self.ema is not None:
+            p.best_kind = 'averaged weights'
         state = {'state_dict': self.model.state_dict()}
         if p.best_epoch is not None and p.best_epoch + 1 < p.epoch:
             state = read_training_checkpoint(str(self.run.folder / 'best.pth.tar'))
@@ -661,9 +696,10 @@ class Trainer:
             self.train_data.set_epoch(epoch)
             data.seed_stream(self.train_loader, args.seed, 4, epoch, self.rank)
         if self.mixup is not None:
-            self.mixup.mixup_enabled = not (args.mixup_off_epoch and epoch >= args.mixup_off_epoch)
+            at = self.scheduled_updates() // self.updates_per_epoch if args.minutes else epoch
+            self.mixup.mixup_enabled = not (args.mixup_off_epoch and at >= args.mixup_off_epoch)
         if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=p.updates)
+            self.scheduler.step_update(num_updates=self.scheduled_updates())
         self.train_model.train()
         self.optimizer.zero_grad()
         last_group = self.batches - (self.batches % accum or accum)
@@ -688,10 +724,14 @@ class Trainer:
                     images = resize(images, random.choice(args.train_sizes))
                 images = images.contiguous(memory_format=self.memory_format)
                 sync = nullcontext() if need_update or not self.distributed else self.train_model.no_sync()
-                with sync:
-                    with self.autocast():
-                        loss = self.criterion(self.train_model(images), target)
-                    self.backward(loss / group, need_update)
+                if self.graph is not None:
+                    loss = self.graph(images, target)
+                    self.update()
+                else:
+                    with sync:
+                        with self.autocast():
+                            loss = self.criterion(self.train_model(images), target)
+                        self.backward(loss / group, need_update)
                 loss_sum += loss.detach().to(loss_sum.dtype) * len(images)
                 p.samples += len(images)
                 p.batch = i + 1
@@ -700,12 +740,15 @@ class Trainer:
                     bar.update()
                     continue
                 p.updates += 1
-                self.optimizer.zero_grad()
+                if self.before_first_update is None:
+                    common.synchronize(self.device)
+                    self.before_first_update = time.monotonic() - self.started
+                self.optimizer.zero_grad(set_to_none=self.graph is None)
                 if self.ema is not None:
                     self.ema.update(self.model, step=p.updates)
                 lr = self.top_rate()
                 if self.scheduler is not None:
-                    self.scheduler.step_update(num_updates=p.updates)
+                    self.scheduler.step_update(num_updates=self.scheduled_updates())
                 bar.update()
                 checkpoint = args.checkpoint_interval_steps and p.updates % args.checkpoint_interval_steps == 0
                 report = (bool(args.log_interval) or not bar.disable) and every()
@@ -722,6 +765,8 @@ class Trainer:
                                  f'lr {lr:.2e} {speed:.0f} img/s, {common.duration(eta)} left in epoch')
                     else:
                         bar.set_postfix_str(f'loss {p.loss_sum / p.samples:.4f}, lr {lr:.2e}, {speed:.0f} img/s')
+                if self.spent() >= 1:
+                    break
         common.synchronize(self.device)
         p.loss_sum = loss_sum.item()
         self.check_finite(p.loss_sum, epoch, p.batch - 1)
@@ -751,9 +796,28 @@ class Trainer:
             return
         loss.backward()
         if need_update:
-            if args.clip_grad is not None:
-                dispatch_clip_grad(self.parameters, value=args.clip_grad, mode=args.clip_mode)
-            self.optimizer.step()
+            self.update()
+
+    def update(self) -> None:
+        if self.args.clip_grad is not None:
+            dispatch_clip_grad(self.parameters, value=self.args.clip_grad, mode=self.args.clip_mode)
+        self.optimizer.step()
+
+    def spent(self) -> float:
+        """The part of --minutes that is over, 0 without; training before a resume counts.
+
+        What comes before the first update, compilation above all, takes its time, but nothing of the schedule.
+        """
+        if not self.args.minutes:
+            return 0.
+        if self.before_first_update is None:
+            return self.seconds_before / (60 * self.args.minutes)
+        training = self.seconds_before + time.monotonic() - self.started - self.before_first_update
+        return training / max(60 * self.args.minutes - self.before_first_update, 1e-3)
+
+    def scheduled_updates(self) -> int:
+        """Where the schedule is: at the updates that are done, or as far as the clock is, if that is further."""
+        return max(self.progress.updates, int(min(self.spent(), 1.) * self.epochs * self.updates_per_epoch))
 
     def top_rate(self) -> float:
         """The learning rate of the last layers: with --layer-decay the first group's is far below it."""
@@ -776,7 +840,8 @@ class Trainer:
         args, p = self.args, self.progress
         epoch, best, line, row = p.epoch, False, '', {}
         lr = self.top_rate()
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == self.epochs:
+        ended = epoch + 1 == self.epochs or self.spent() >= 1
+        if args.val_interval and ((epoch + 1) % args.val_interval == 0 or ended):
             found = {'weights': self.evaluate(self.model, epoch)}
             if self.ema is not None:
                 found['averaged weights'] = self.evaluate(self.ema.module, epoch)
