@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.func import jacfwd, jacrev
 from torch.nn import functional as F
 
 from vim2.layers import S6, SelectiveChannelMixer, SelectiveTokenMixer, WeightedAverage
@@ -349,7 +350,7 @@ def test_gated_norm_is_recomputed(build, monkeypatch):
 
     held, grads = run()
     for module in ('token_mixer', 'channel_mixer'):
-        monkeypatch.setattr(f'vim2.layers.{module}.recomputed', lambda fn, *args: fn(*args))
+        monkeypatch.setattr(f'vim2.layers.{module}.recomputed', lambda fn, *args, modules: fn(*args))
     held_without, grads_without = run()
     full = 2 * 9 * 9 * mixer.inner_dim * 4  # bytes of one inner map
     assert held_without - held >= 3 * full  # the normalised map, the activated gate, their product
@@ -399,12 +400,30 @@ def test_channel_conv_is_a_convolution(reverse, channels):
     inputs = tuple(t.detach().requires_grad_() for t in (x, conv.weight, conv.bias))
     torch.testing.assert_close(ours(*inputs), convolved(*inputs))
     assert torch.autograd.gradcheck(ours, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(ours, inputs)
+    assert torch.autograd.gradgradcheck(ours, inputs, check_fwd_over_rev=True)
     jacobians = [torch.func.jacrev(f, (0, 1))(*(t.detach() for t in inputs)) for f in (ours, convolved)]
     for a, b in zip(*jacobians):
         torch.testing.assert_close(a, b)
+    for twice in (lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacfwd(f)), lambda f: jacfwd(jacrev(f))):
+        a, b = (twice(lambda w, f=f: f(x * w[0, 0, 0], w, w[0, 0, :1]))(conv.weight.detach())
+                for f in (ours, convolved))
+        torch.testing.assert_close(a, b)
     torch.testing.assert_close(torch.jit.script(conv)(x), convolved(*inputs))
     torch.testing.assert_close(torch.fx.symbolic_trace(conv)(x), convolved(*inputs))
+
+
+@pytest.mark.parametrize('layer', [
+    lambda **dd: SelectiveTokenMixer(6, **dd), lambda **dd: SelectiveChannelMixer(6, token_grid=2, **dd)])
+@pytest.mark.parametrize('own', [lambda p: p.requires_grad_(), torch.nn.Parameter])
+def test_what_is_computed_again_reads_the_same_parameters(layer, own):
+    """torch.func.functional_call puts other parameters in place, and takes them away again before the backward."""
+    layer, other = scrambled(layer(dtype=torch.float64)), scrambled(layer(dtype=torch.float64))
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    given = {name: own(p.detach() * 1.3) for name, p in other.named_parameters()}
+    other.load_state_dict(given)
+    actual = torch.autograd.grad(torch.func.functional_call(layer, given, (x,)).square().sum(), list(given.values()))
+    expected = torch.autograd.grad(other(x).square().sum(), list(other.parameters()))
+    torch.testing.assert_close(actual, expected)
 
 
 class LowRank(torch.nn.Module):

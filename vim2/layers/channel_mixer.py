@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vim2.ops.functional import sequence_scan
 from .grid import average_pool_matrix, interpolate_matrix
 from .legacy import upgrade_before_loading
-from .recompute import recomputed
+from .recompute import in_forward_mode, recomputed
 from .s6 import init_s6_
 
 __all__ = ['SelectiveChannelMixer']
@@ -38,7 +38,10 @@ def _taps(x: Tensor, weight: Tensor, reverse: bool) -> Tensor:
 
 
 class _ChannelTaps(torch.autograd.Function):
-    """:func:`_taps` with its gradient written out: autograd's of the shifted views takes two to four times as long."""
+    """:func:`_taps` with its gradient written out: autograd's of the shifted views takes two to four times as long.
+
+    It has no rule for forward mode: what such a rule returns, PyTorch does not differentiate again.
+    """
     generate_vmap_rule = True
 
     @staticmethod
@@ -49,7 +52,6 @@ class _ChannelTaps(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, weight, ctx.reverse = inputs
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
@@ -61,13 +63,6 @@ class _ChannelTaps(torch.autograd.Function):
             kept = max(E - shift, 0)
             sums.append((a[..., :kept] * b[..., E - kept:]).sum(dtype=weight.dtype))
         return _ChannelTaps.apply(grad, weight, not ctx.reverse), torch.stack(sums), None
-
-    @staticmethod
-    def jvp(ctx, x_tangent, weight_tangent, _):
-        x, weight = ctx.saved_tensors
-        parts = [] if x_tangent is None else [_ChannelTaps.apply(x_tangent, weight, ctx.reverse)]
-        parts += [] if weight_tangent is None else [_ChannelTaps.apply(x, weight_tangent, ctx.reverse)]
-        return sum(parts[1:], parts[0])
 
 
 class ChannelConv(nn.Conv1d):
@@ -99,7 +94,8 @@ class ChannelConv(nn.Conv1d):
         weight = self.weight.reshape(self.taps)
         if torch.jit.is_scripting():
             y = self._padded(x, weight)
-        elif torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+        elif (torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
+              or in_forward_mode(x)):
             y = self._padded(x, weight)  # graphs get plain operators; torch.fx traces with proxies
         else:
             y = _ChannelTaps.apply(x, weight, self.reverse)
@@ -214,7 +210,7 @@ class SelectiveChannelMixer(nn.Module):
             if torch.jit.is_scripting():
                 u = F.silu(conv(branch))
             else:
-                u = recomputed(partial(_conv_silu, conv), branch)
+                u = recomputed(partial(_conv_silu, conv), branch, modules=(conv,))
 
             # The Linears over the tokens of each channel, on the grid. Expanded weights: the product of a 2-d and a
             # 3-d tensor would transpose the latter.
@@ -233,7 +229,7 @@ class SelectiveChannelMixer(nn.Module):
         y = ys[0] if self.num_scans == 1 else ys[0] + ys[1]
         if torch.jit.is_scripting():
             return self._output(y, gate).unflatten(1, (H, W))
-        return recomputed(self._output, y, gate).unflatten(1, (H, W))
+        return recomputed(self._output, y, gate, modules=(self.out_norm, self.out_proj)).unflatten(1, (H, W))
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(y) * F.silu(gate))

@@ -127,7 +127,7 @@ class SelectiveTokenMixer(nn.Module):
                 y = y + self.s6.scan(u, i)
         if torch.jit.is_scripting():
             return self._output(y, gate)
-        return recomputed(self._output, y, gate)
+        return recomputed(self._output, y, gate, modules=(self.out_norm, self.out_proj))
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(y) * F.silu(gate))

@@ -94,7 +94,8 @@ def scan_reference(
         last.append(states[..., -1])
     out = sum(maps)
     if z is not None:
-        out = out * F.silu(z.to(dtype))
+        zf = z.to(dtype)
+        out = out * zf * torch.sigmoid(zf)  # F.silu has no second derivatives in forward mode alone
     return out.to(u.dtype), torch.stack(last, 1)
 
 
