@@ -323,15 +323,17 @@ def test_what_is_not_decayed():
 def test_constructor_says_what_is_wrong():
     with pytest.raises(ValueError, match='layer_decay must be above 0'):
         groups_of(Detector(), layer_decay=0)
-    with pytest.raises(ValueError, match="found no backbone of type 'ViM2'"):
+    with pytest.raises(ValueError, match="found no backbone of type 'MambaBackbone'"):
         groups_of(nn.Linear(2, 2))
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 def test_list_of_configs(root):
-    assert len(CONFIGS) == len(DETECTION) + len(SEGMENTATION) == 13
-    expected = {f'mask-rcnn_vim2-{size}_fpn_{schedule}_coco' for size in 'tsb' for schedule in ('1x', 'ms-crop-3x')}
+    assert len(CONFIGS) == len(DETECTION) + len(SEGMENTATION) == 16
+    expected = {f'mask-rcnn_vmamba-t-s1l8_fpn_{schedule}_coco' for schedule in ('1x', 'ms-crop-3x')}
+    expected |= {'vmamba-t-s1l8_upernet_8xb2-160k_ade20k-512x512'}
+    expected |= {f'mask-rcnn_vim2-{size}_fpn_{schedule}_coco' for size in 'tsb' for schedule in ('1x', 'ms-crop-3x')}
     expected |= {'cascade-mask-rcnn_vim2-t_fpn_1x_coco', 'retinanet_vim2-t_fpn_1x_coco', 'vim2-nano_upernet_camvid',
                  'mask-rcnn_vim2-nano_fpn_coco-tiny'}
     expected |= {f'vim2-{size}_upernet_8xb2-160k_ade20k-512x512' for size in 'tsb'}
@@ -341,10 +343,13 @@ def test_list_of_configs(root):
 @pytest.mark.parametrize('name', [n for n in CONFIGS if 'nano' not in n])
 def test_settings_of_the_paper(name):
     cfg = load_config(name)
-    assert cfg.model.backbone.model_name == {'t': 'vim2_tiny', 's': 'vim2_small', 'b': 'vim2_base'}[
-        re.search(r'vim2-(.)_', name)[1]]
+    assert cfg.model.backbone.model_name == {
+        'vim2-t': 'vim2_tiny', 'vim2-s': 'vim2_small', 'vim2-b': 'vim2_base', 'vmamba-t-s1l8': 'vmamba_tiny_s1l8'}[
+        re.search(r'(vim2-.|vmamba-t-s1l8)_', name)[1]]
     assert cfg.train_dataloader.batch_size * 8 == 16
-    assert cfg.optim_wrapper.constructor == 'ViM2OptimWrapperConstructor'
+    assert cfg.optim_wrapper.constructor in ('ViM2OptimWrapperConstructor', 'MambaOptimWrapperConstructor')
+    if 'vmamba' in name:
+        assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint='vmamba_tiny_s1l8.in1k')
     optimizer = cfg.optim_wrapper.optimizer
     assert optimizer.type == 'AdamW' and 'momentum' not in optimizer
     assert optimizer.lr == (1e-4 if name in DETECTION else 6e-5)

@@ -1,10 +1,13 @@
-"""ViM2 as a backbone of OpenMMLab's frameworks: MMDetection, MMSegmentation, MMPretrain
+"""ViM2, VMamba and Vim as backbones of OpenMMLab's frameworks: MMDetection, MMSegmentation, MMPretrain
 
 Everything is registered at mmengine's root registries, which those of mmdet, mmseg and mmpretrain fall back to, so a
 config of any of them needs no more than
 
     custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
-    model = dict(backbone=dict(type='ViM2', model_name='vim2_tiny', drop_path_rate=0.2))
+    model = dict(backbone=dict(type='MambaBackbone', model_name='vmamba_tiny_s1l8', drop_path_rate=0.2))
+
+The type has the name ViM2 as well, and the constructor of optimizers ViM2OptimWrapperConstructor, of the time when
+there were no other families.
 
 Needs mmengine, which `pip install vim2[openmmlab]` and tools/install_openmmlab.py install.
 
@@ -13,6 +16,7 @@ Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
 import difflib
 import math
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -41,19 +45,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import vim2
-from vim2.models import VisionMambaMixer
+from vim2.layers import upgrade_state_dict
+from vim2.models import Vim, VisionMambaMixer, VMamba
 from vim2.models.loading import key_problems
+from vim2.models.vmamba import is_vmamba, rename_vmamba
 
-__all__ = ['BFloat16OptimWrapper', 'ViM2', 'ViM2OptimWrapperConstructor', 'list_configs', 'load_config', 'scan_flops']
+__all__ = ['BFloat16OptimWrapper', 'MambaBackbone', 'MambaOptimWrapperConstructor', 'ViM2',
+           'ViM2OptimWrapperConstructor', 'list_configs', 'load_config', 'scan_flops']
 
 
-@MODELS.register_module()
-class ViM2(BaseModule):
-    """A ViM2 as a backbone: images of any size (B, C, H, W) to a tuple of maps (B, C_i, H_i, W_i), one per level.
+@MODELS.register_module(name=['MambaBackbone', 'ViM2'])
+class MambaBackbone(BaseModule):
+    """A model of this package as a backbone: images (B, C, H, W) to a tuple of maps (B, C_i, H_i, W_i), one per level.
 
     `net` is the timm model without its classifier (and without the stages after the last level), under timm's names;
-    `norms` are the norms of the levels. The maps' strides are 4, 8, 16 and 32 with a stem of stride 4, and their sizes
-    are rounded up.
+    `norms` are the norms of the levels.
+
+    - ViM2 and VMamba: images of any size; the maps' strides are 4, 8, 16 and 32 with a stem of stride 4, and their
+      sizes are rounded up.
+    - Vim: a stage is a block, all of one stride, which the images' sides must be multiples of.
+
+    A checkpoint of a whole detector or segmenter that VMamba's own code has trained loads as one of this package's
+    does (`load_from`, `resume`, tools/test_openmmlab.py): `layers.I` and `outnormI` get the names here.
     """
 
     def __init__(
@@ -71,11 +84,11 @@ class ViM2(BaseModule):
     ):
         """
         Args:
-            model_name: a registered ViM2, `timm.list_models('*vim2*')`.
-            out_indices: stages, from 0, whose outputs are the levels, in ascending order.
+            model_name: a registered ViM2, VMamba or Vim: `timm.list_models(module='vmamba')`.
+            out_indices: stages (of Vim: blocks), from 0, whose outputs are the levels, in ascending order.
             frozen_stages: -1 trains everything, 0 freezes the stem, n > 0 the stem and the first n stages with their
                 norms: no gradient, and evaluation mode (no stochastic depth).
-            norm_eval: keep batch norms in evaluation mode. ViM2 has none; it concerns those of `norm_cfg`.
+            norm_eval: keep batch norms in evaluation mode. The models have none; it concerns those of `norm_cfg`.
             norm_cfg: norm of each level's output: 'LN' over the channels, any other layer of mmcv over the map, or
                 None for none. They start at one and zero, whatever weights are loaded.
             with_cp: recompute each mixer in the backward pass instead of keeping its activations.
@@ -83,9 +96,9 @@ class ViM2(BaseModule):
             in_channels: channels of the images.
             model_kwargs: further arguments of `timm.create_model`.
             init_cfg: `dict(type='Pretrained', checkpoint=SOURCE)` with SOURCE a timm name with its tag
-                ('vim2_nano_patch2_32.cifar10'), 'hf-hub:USER/NAME', 'local-dir:DIR', or a weights file: of
-                tools/train.py, or of VMamba's vanilla network. They are loaded by timm, without their classifier; keys
-                that do not match are an error. Other types are mmengine's initialisers. Default: ViM2's own.
+                ('vmamba_tiny_s1l8.in1k'), 'hf-hub:USER/NAME', 'local-dir:DIR', or a weights file: of tools/train.py, or
+                of VMamba's or Vim's code. They are loaded by timm, without their classifier; keys that do not match
+                are an error. Other types are mmengine's initialisers. Default: the model's own.
 
         Raises:
             ValueError: unknown model, or out_indices or frozen_stages out of range.
@@ -94,7 +107,7 @@ class ViM2(BaseModule):
         self.model_name = model_name
         self._net_kwargs = dict(model_kwargs or {}, in_chans=in_channels, drop_path_rate=drop_path_rate)
         self.net = self._create(model_name, pretrained=False)
-        num_stages = len(self.net.stages)
+        num_stages = len(self._stages(self.net))
         self.out_indices = tuple(out_indices)
         if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)) \
                 or not all(isinstance(i, int) and 0 <= i < num_stages for i in self.out_indices):
@@ -103,7 +116,7 @@ class ViM2(BaseModule):
         # Parameters without a gradient would stop DistributedDataParallel. The final norm stays, so that net has all
         # that the timm model has, but nothing here reads it.
         self.net.prune_intermediate_layers(list(self.out_indices))
-        num_stages = len(self.net.stages)
+        num_stages = len(self._stages(self.net))
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages={frozen_stages!r}: write -1 to train everything, 0 to freeze the stem, '
                              f'or the number of stages to freeze with it, at most {num_stages}')
@@ -114,17 +127,22 @@ class ViM2(BaseModule):
         self.net.norm.requires_grad_(False)
         self.net.set_grad_checkpointing(with_cp)
         self._freeze()
+        self.register_load_state_dict_pre_hook(_rename_published)
 
-    def _create(self, name: str, **kwargs: Any) -> VisionMambaMixer:
-        names = timm.list_models('*vim2*')
+    @staticmethod
+    def _stages(net: nn.Module) -> nn.Module:
+        return net.blocks if isinstance(net, Vim) else net.stages
+
+    def _create(self, name: str, **kwargs: Any) -> nn.Module:
+        names = _model_names()
         base = name.partition('.')[0]
         if ':' not in name and base not in names:
             close = difflib.get_close_matches(base, names, n=3) or names
-            raise ValueError(f'unknown ViM2 {name!r}: write model_name={close[0]!r}'
+            raise ValueError(f'unknown model {name!r}: write model_name={close[0]!r}'
                              + ''.join(f' or {other!r}' for other in close[1:]))
         model = timm.create_model(name, num_classes=0, **{**self._net_kwargs, **kwargs})
-        if not isinstance(model, VisionMambaMixer):
-            raise ValueError(f'{name!r} is no ViM2: it is a {type(model).__name__}')
+        if not isinstance(model, (VisionMambaMixer, VMamba, Vim)):
+            raise ValueError(f'{name!r} is no ViM2, VMamba or Vim: it is a {type(model).__name__}')
         return model
 
     def init_weights(self) -> None:
@@ -152,14 +170,17 @@ class ViM2(BaseModule):
         """All weights of `net`, from what `init_cfg` names. Raises RuntimeError that names keys that do not match."""
         if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
             loaded = self._create(source, pretrained=True)
-        elif source.partition('.')[0] in timm.list_models('*vim2*') and not os.path.exists(source):
+        elif source.partition('.')[0] in _model_names() and not os.path.exists(source):
             loaded = self._create(source, pretrained=True)
         else:
             overlay = dict(url=source) if source.startswith(('http://', 'https://')) else dict(file=source)
             loaded = self._create(self.model_name, pretrained=True, pretrained_cfg_overlay=overlay)
         given = loaded.state_dict()
-        if len(loaded.stages) > len(self.net.stages):  # without the stages that no level needs
-            unread = tuple(f'stages.{i}.' for i in range(len(self.net.stages), len(loaded.stages))) + ('norm.',)
+        have, want = (len(self._stages(net)) for net in (loaded, self.net))
+        if have > want:  # without the stages that no level needs
+            prefix = 'blocks' if isinstance(self.net, Vim) else 'stages'
+            unread = tuple(f'{prefix}.{i}.' for i in range(want, have))
+            unread += () if isinstance(self.net, Vim) else ('norm.',)
             given = {k: v for k, v in given.items() if not k.startswith(unread)}
         shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (self.net.state_dict(), given)]
         problems = key_problems(*shapes)
@@ -177,17 +198,20 @@ class ViM2(BaseModule):
 
     def _frozen_modules(self) -> Iterator[nn.Module]:
         if self.frozen_stages >= 0:
-            yield self.net.stem
+            yield self.net.patch_embed if isinstance(self.net, Vim) else self.net.stem
         for i in range(self.frozen_stages):
-            yield self.net.stages[i]
+            yield self._stages(self.net)[i]
             if str(i) in self.norms:
                 yield self.norms[str(i)]
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():
             module.requires_grad_(False)
+        if isinstance(self.net, Vim):
+            self.net.cls_token.requires_grad_(self.frozen_stages < 0)
+            self.net.pos_embed.requires_grad_(self.frozen_stages < 0)
 
-    def train(self, mode: bool = True) -> 'ViM2':
+    def train(self, mode: bool = True) -> 'MambaBackbone':
         super().train(mode)
         if mode:
             for module in self._frozen_modules():
@@ -197,6 +221,29 @@ class ViM2(BaseModule):
                     if isinstance(module, _BatchNorm):
                         module.eval()
         return self
+
+
+ViM2 = MambaBackbone
+
+
+def _model_names() -> List[str]:
+    return [name for family in ('vim2', 'vmamba', 'vim') for name in timm.list_models(module=family)]
+
+
+def _rename_published(
+        module: MambaBackbone, state_dict: Dict[str, Tensor], prefix: str, *args: Any,
+) -> None:
+    """A `load_state_dict` pre-hook: what VMamba's own code has trained as a backbone, with its levels' norms."""
+    given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    if not isinstance(module.net, VMamba) or not is_vmamba(given):
+        return
+    for key in given:
+        del state_dict[prefix + key]
+    for key, value in upgrade_state_dict(rename_vmamba(given)).items():
+        level = re.fullmatch(r'outnorm(\d+)\.(weight|bias)', key)
+        state_dict[prefix + (f'norms.{level[1]}.{level[2]}' if level else f'net.{key}')] = value
+    for key, value in module.net.norm.state_dict().items():  # which nothing reads, and a backbone's file has not
+        state_dict.setdefault(f'{prefix}net.norm.{key}', value)
 
 
 def _build_norm(cfg: Optional[Dict[str, Any]], channels: int) -> nn.Module:
@@ -211,13 +258,13 @@ def _build_norm(cfg: Optional[Dict[str, Any]], channels: int) -> nn.Module:
     return LayerNorm2d(channels, **{'eps': 1e-5, **cfg}).requires_grad_(trained)
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class ViM2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor, with the model's own rules for a ViM2 backbone.
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(name=['MambaOptimWrapperConstructor', 'ViM2OptimWrapperConstructor'])
+class MambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor, with the model's own rules for a backbone of this package.
 
-    `paramwise_cfg=dict(layer_decay=r)`: the learning rate of a mixer (with the average that it reads) is r times that
-    of the one after it; the last one's is r times the base rate, which norms of levels, neck and heads have. The groups
-    are those of the timm model's `group_matcher`. Default: 1, the base rate for all.
+    `paramwise_cfg=dict(layer_decay=r)`: the learning rate of a mixer or block (with the average that it reads) is r
+    times that of the one after it; the last one's is r times the base rate, which norms of levels, neck and heads
+    have. The groups are those of the timm model's `group_matcher`. Default: 1, the base rate for all.
 
     Weights in the timm model's `no_weight_decay` (A_log, D, step sizes' biases, averaging scalars, norms, biases) and
     the levels' norms are not decayed, whatever `layer_decay` is.
@@ -232,7 +279,7 @@ class ViM2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(self.layer_decay, (int, float)) or not 0 < self.layer_decay <= 1:
             raise ValueError(f'paramwise_cfg.layer_decay must be above 0 and at most 1, got {self.layer_decay!r}')
         if self.base_lr is None:
-            raise ValueError("ViM2OptimWrapperConstructor needs optimizer.lr, for example optimizer=dict("
+            raise ValueError("MambaOptimWrapperConstructor needs optimizer.lr, for example optimizer=dict("
                              "type='AdamW', lr=1e-4, weight_decay=0.05)")
         self.num_backbones = 0
 
@@ -240,12 +287,12 @@ class ViM2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.num_backbones = 0
         wrapper = super().__call__(model)
         if not self.num_backbones:
-            raise ValueError("ViM2OptimWrapperConstructor found no backbone of type 'ViM2' in the model: leave out "
+            raise ValueError("MambaOptimWrapperConstructor found no backbone of type 'MambaBackbone' in it: leave out "
                              '`constructor` for other backbones')
         return wrapper
 
     def add_params(self, params: List[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
-        if not isinstance(module, ViM2):
+        if not isinstance(module, MambaBackbone):
             return super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         self.num_backbones += 1
         net = module.net
@@ -266,6 +313,9 @@ class ViM2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
             groups[layer, without_decay]['params'].append(p)
         params.extend(groups[key] for key in sorted(groups))
         return None
+
+
+ViM2OptimWrapperConstructor = MambaOptimWrapperConstructor
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -351,7 +401,7 @@ def load_config(name: Union[str, 'os.PathLike[str]'], cfg_options: Optional[Dict
 
     Raises:
         FileNotFoundError: neither.
-        ValueError: the config uses ViM2 without importing this module, which mmdet and mmseg would not find.
+        ValueError: the config uses a name of this module without importing it; mmdet and mmseg would not find it.
     """
     files, name = _config_files(), str(name)
     stem = name.removesuffix('.py')
@@ -365,7 +415,8 @@ def load_config(name: Union[str, 'os.PathLike[str]'], cfg_options: Optional[Dict
     config = Config.fromfile(str(path))
     if cfg_options:
         config.merge_from_dict(cfg_options)
-    used = _types(config.to_dict()) & {'ViM2', 'ViM2OptimWrapperConstructor', 'BFloat16OptimWrapper'}
+    used = _types(config.to_dict()) & {'MambaBackbone', 'MambaOptimWrapperConstructor', 'ViM2',
+                                       'ViM2OptimWrapperConstructor', 'BFloat16OptimWrapper'}
     imports = (config.get('custom_imports') or {}).get('imports') or []
     if used and 'vim2.openmmlab' not in ([imports] if isinstance(imports, str) else imports):
         raise ValueError(f"{path} uses {', '.join(sorted(used))} without importing it: write "

@@ -1,0 +1,7 @@
+"""VMamba-T[s1l8] from its ImageNet weights, Mask R-CNN with FPN, 12 epochs, batch 16 (8 GPUs x 2)."""
+_base_ = './mask-rcnn_vim2-t_fpn_1x_coco.py'
+
+model = dict(backbone=dict(
+    type='MambaBackbone', model_name='vmamba_tiny_s1l8',
+    init_cfg=dict(type='Pretrained', checkpoint='vmamba_tiny_s1l8.in1k')))
+optim_wrapper = dict(constructor='MambaOptimWrapperConstructor')
