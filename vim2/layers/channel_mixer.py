@@ -198,13 +198,20 @@ class SelectiveChannelMixer(nn.Module):
         Returns:
             (B, H, W, d).
         """
-        B, H, W, _ = x.shape
-        E, N, R, P = self.inner_dim, self.d_state, self.dt_rank, self.token_grid
-        pool_h, pool_w = average_pool_matrix(x, H, P), average_pool_matrix(x, W, P)
-        up_h, up_w = interpolate_matrix(x, P, H), interpolate_matrix(x, P, W)
-        A = -torch.exp(self.A_logs.float())
+        _, H, W, _ = x.shape
         x = x.flatten(1, 2)
-        branch, gate = self.in_proj(x), self.gate_proj(x)  # (B, HW, E)
+        y, gate = self._scans(self.in_proj(x), H, W), self.gate_proj(x)  # (B, HW, E)
+        if torch.jit.is_scripting():
+            return self._output(y, gate).unflatten(1, (H, W))
+        return recomputed(self._output, y, gate, modules=(self.out_norm, self.out_proj)).unflatten(1, (H, W))
+
+    def _scans(self, branch: Tensor, H: int, W: int) -> Tensor:
+        """Convolution and S6, all directions summed: (B, HW, E) to the same. What it needs is free when it returns."""
+        B, _, E = branch.shape
+        N, R, P = self.d_state, self.dt_rank, self.token_grid
+        pool_h, pool_w = average_pool_matrix(branch, H, P), average_pool_matrix(branch, W, P)
+        up_h, up_w = interpolate_matrix(branch, P, H), interpolate_matrix(branch, P, W)
+        A = -torch.exp(self.A_logs.float())
         ys = []
         for s, conv in enumerate(self.conv1d):
             if torch.jit.is_scripting():
@@ -226,10 +233,7 @@ class SelectiveChannelMixer(nn.Module):
                 u, delta, A[s].expand(H * W, N), Bs, Cs, D=self.Ds[s].expand(H * W), delta_softplus=True,
                 reverse=s == 1)
             ys.append(y)
-        y = ys[0] if self.num_scans == 1 else ys[0] + ys[1]
-        if torch.jit.is_scripting():
-            return self._output(y, gate).unflatten(1, (H, W))
-        return recomputed(self._output, y, gate, modules=(self.out_norm, self.out_proj)).unflatten(1, (H, W))
+        return ys[0] if self.num_scans == 1 else ys[0] + ys[1]
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(y) * F.silu(gate))
