@@ -486,6 +486,7 @@ def test_newer_vmamba_is_refused(source, tmp_path, tool, change, why, prefix):
     with pytest.raises(RuntimeError, match='newer VMamba') as error:
         load(tmp_path / 'vmamba.safetensors', 7, **KWARGS)
     assert why in str(error.value) and 'vmamba.safetensors' in str(error.value)
+    assert 'Nothing of it can start a ViM2' in str(error.value) and 'vmamba_tiny_s1l8' in str(error.value)
 
 
 @pytest.mark.parametrize('change, options, why', [

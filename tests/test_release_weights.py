@@ -271,6 +271,19 @@ def test_every_published_name():
         assert name in timm.list_models(pretrained=True)
 
 
+def test_table_of_models(root):
+    rows = re.findall(r'^\| `(\S+)` \| ([\d,]+) \| ([\d.]+) \| (\S+) \| (.+) \|$',
+                      (root / 'docs' / 'models.md').read_text(encoding='utf-8'), re.M)
+    listed = {w.name: w for w in pretrained.manifest().values() if not w.pinned}
+    assert [row[0] for row in rows] == list(listed)
+    for name, parameters, top1, licence, source in rows:
+        w = listed[name]
+        model = timm.create_model(w.architecture, device='meta')
+        assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(',', ''))
+        assert float(top1) == w.metric['value'] and licence.lower() == w.license
+        assert (w.repo or w.url.split('%23')[1].split('/')[0]) in source
+
+
 def test_addresses_are_those_of_the_release(shared_data):
     import json
     from test_vmamba import PUBLISHED

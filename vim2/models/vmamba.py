@@ -613,7 +613,9 @@ def _refuse_newer(source: Dict[str, str], state_dict: Dict[str, Tensor]) -> None
         why.append('its scans have other projections')
     if why:
         raise RuntimeError("this is a newer VMamba (v05 or later), whose weights compute something else than ViM2's "
-                           "token mixers, which are those of the vanilla version (v0): " + '; '.join(why))
+                           "token mixers, which are those of the vanilla version (v0): " + '; '.join(why)
+                           + '. Nothing of it can start a ViM2 (docs/conversion.md says why): use it as what it is, '
+                             "timm.create_model('vmamba_tiny_s1l8', pretrained=True)")
 
 
 def _source_depths(source: Dict[str, str]) -> List[int]:
