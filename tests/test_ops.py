@@ -409,14 +409,15 @@ def test_compile(tensors):
 
 @pytest.mark.parametrize('requires_grad', [False, True])
 def test_export_dynamic(tensors, requires_grad):
-    """Also where the states for a backward are part of the program, and the example has a single chunk of them."""
+    """Sizes from 1, also where a gradient will be due, and a program of one chunk of states for maps of many."""
     tensors[0].requires_grad_(requires_grad)
-    batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ('batch', 'height', 'width'))
+    batch, height, width = (torch.export.Dim(name, min=1, max=64) for name in ('batch', 'height', 'width'))
     dynamic = ({0: batch, 2: height, 3: width}, {0: batch, 3: height, 4: width}, None,
                {0: batch, 3: height, 4: width}, {0: batch, 3: height, 4: width})
     program = torch.export.export(_Scan(), tuple(tensors), dynamic_shapes=dynamic)
-    other = [t.to(DEVICE, torch.float32) for t in map_inputs(batch=3, dim=6, height=7, width=3)[:5]]
-    torch.testing.assert_close(program.module()(*other), _Scan()(*other), rtol=0, atol=0)
+    for batch, height, width in ((3, 7, 3), (1, 1, 1)):
+        other = [t.to(DEVICE, torch.float32) for t in map_inputs(batch, 6, height, width)[:5]]
+        torch.testing.assert_close(program.module()(*other), _Scan()(*other), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -487,6 +488,15 @@ def test_extreme_values():
         args = [u.clone(), torch.ones_like(u), A.clone(), B.clone(), C.clone()]
         args[i].view(-1)[0] = float('nan')
         assert selective_scan(*args, backend=BACKEND).isnan().any()
+
+
+@pytest.mark.parametrize('states', [1, 4, 5])
+def test_states_that_decay_at_once(states):
+    """An A of -inf, in every state of a channel and in one of several: finite, and the gradients too."""
+    inputs = sequence_inputs(dim=18, length=20, states=states)
+    inputs[2][2], inputs[2][:, 0] = -float('inf'), -float('inf')
+    for value in compare(lambda *a, backend: selective_scan(*a, True, True, backend=backend), inputs):
+        assert value.isfinite().all()
 
 
 def test_deterministic():
@@ -600,7 +610,7 @@ GOOD = dict(sequence_inputs=[t.float() for t in sequence_inputs(dim=6, length=5,
     (0, lambda t: t[0], r'u must be \(batch, channels, length\), got a tensor of shape \(6, 5\)'),
     (0, lambda t: t[:, :, :0], r'u is empty \(shape \(2, 6, 0\)\)'),
     (0, lambda t: t.int(), r'u must be of a floating dtype, got torch.int32'),
-    (0, lambda t: t.to(torch.complex64), r'u is complex'),
+    (0, lambda t: t.to(torch.complex64), r'u must be of a floating dtype, real and not complex, got torch.complex64'),
     (1, lambda t: t[:, :, 1:], r'delta must have shape \(2, 6, 5\), got \(2, 6, 4\)'),
     (1, lambda t: t.to('meta'), r'u is on cpu and delta on meta'),
     (2, lambda t: t[0], r'A must be \(channels, states\)'),

@@ -285,9 +285,16 @@ def program(request):
     fn, _, inputs = CASES[request.param]
     x, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in inputs)
 
+    count = len(others)
+
     class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, t in enumerate(others):
+                self.register_buffer(f'input{i + 1}', t)
+
         def forward(self, x):
-            return fn(x, *others)
+            return fn(x, *(getattr(self, f'input{i + 1}') for i in range(count)))
 
     return Module(), x, fn(x, *others)
 

@@ -11,11 +11,12 @@ A backend is a module with
 
 on tensors as `operator` describes them. `cpu` also takes `delta_weight`, last, and then returns its gradient, last.
 """
+import functools
 import importlib
 import os
 import warnings
 from types import ModuleType
-from typing import List, Optional, Sequence, Union
+from typing import List, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -28,13 +29,10 @@ _PREFERRED = {'cpu': 'cpu', 'cuda': 'triton', 'xpu': 'triton'}  # by type of dev
 _warned = set()
 
 
+@functools.lru_cache(maxsize=None)
 def load(name: str) -> ModuleType:
     """The module of a backend. None is imported before it is asked for: each loads what others do without."""
     return importlib.import_module(_MODULES[name])
-
-
-def _missing(name: str, tensors: Sequence[Tensor]) -> Optional[str]:
-    return load(name).missing(tensors)
 
 
 def resolve(backend: str, tensors: Sequence[Tensor]) -> str:
@@ -54,12 +52,12 @@ def resolve(backend: str, tensors: Sequence[Tensor]) -> str:
         asked = f'{BACKEND_ENV}={backend}' if os.environ.get(BACKEND_ENV) == backend else f"backend='{backend}'"
         if backend not in _MODULES:
             raise ValueError(f"{asked}: no such backend; choose one of {', '.join(_MODULES)} or auto")
-        why = _missing(backend, tensors)
+        why = load(backend).missing(tensors)
         if why is not None:
             raise RuntimeError(f'{asked} cannot run here: {why}')
         return backend
     preferred = _PREFERRED.get(tensors[0].device.type, 'reference')
-    why = _missing(preferred, tensors)
+    why = load(preferred).missing(tensors)
     if why is None:
         return preferred
     if (preferred, why) not in _warned:
@@ -72,4 +70,4 @@ def resolve(backend: str, tensors: Sequence[Tensor]) -> str:
 def available_backends(device: Union[str, torch.device] = 'cpu') -> List[str]:
     """Names of the backends that can run float32 tensors on `device` here, the preferred one first."""
     probe = [torch.empty(0, device=device)]
-    return [name for name in _MODULES if _missing(name, probe) is None]
+    return [name for name in _MODULES if load(name).missing(probe) is None]

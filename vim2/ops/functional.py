@@ -16,6 +16,7 @@ from .backends import BACKEND_ENV
 
 __all__ = ['cross_selective_scan', 'map_scan', 'selective_scan', 'sequence_scan']
 
+
 @torch.jit.ignore
 def _check(function: str, tensors: List[Tuple[str, Optional[Tensor], List[List[int]]]]) -> None:
     """Raise for a tensor of a wrong rank, shape, dtype or device, naming it.
@@ -28,10 +29,8 @@ def _check(function: str, tensors: List[Tuple[str, Optional[Tensor], List[List[i
     for name, t, shapes in tensors:
         if t is None:
             continue
-        if t.is_complex():
-            raise TypeError(f'{function}: {name} is complex ({t.dtype}); only real inputs are supported')
         if not t.is_floating_point():
-            raise TypeError(f'{function}: {name} must be of a floating dtype, got {t.dtype}')
+            raise TypeError(f'{function}: {name} must be of a floating dtype, real and not complex, got {t.dtype}')
         if t.device != device:
             raise ValueError(f'{function}: all tensors must be on one device, but {tensors[0][0]} is on {device} '
                              f'and {name} on {t.device}')

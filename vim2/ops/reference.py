@@ -67,7 +67,8 @@ class _Direction:
         raw = to_scan_order(delta[:, k].to(dtype), direction)
         self.raw = raw if delta_bias is None else raw + delta_bias[k].to(dtype)[:, None]
         self.dt = F.softplus(self.raw) if delta_softplus else self.raw
-        self.A = A[k].to(dtype)                                                                          # (E, N)
+        # -inf, which exp makes of a large parameter, decays at once; the product with a gradient of 0 would be NaN.
+        self.A = A[k].to(dtype).clamp(min=torch.finfo(dtype).min)                                        # (E, N)
         self.B, self.C = (                                                                               # (B, E, N, L)
             to_scan_order(t[:, k].to(dtype).expand(-1, -1, -1, height, width), direction)
             .unsqueeze(2).expand(-1, -1, u.shape[1] // t.shape[2], -1, -1).flatten(1, 2) for t in (B, C))
