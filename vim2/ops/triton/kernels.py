@@ -57,6 +57,12 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _rate(a):
+    """a log2 e. -inf, a state that decays at once, becomes a number: its product with a gradient of 0 would be NaN."""
+    return tl.where(a < -1e38, -1e38, a) * LOG2E
+
+
+@triton.jit
 def _walk(t, code, H, W):
     """A direction at its step t: (position, counter within a column, step of the position, its step to the next column,
     length of a column). A position is a row-major index into the map; row-major, the map is one column."""
@@ -187,7 +193,7 @@ def scan_forward(
         d_p = delta + b * d_b + k * d_k + e * d_e
         b_p = B + b * b_b + k * b_k + n * b_n
         c_p = C + b * c_b + k * c_k + n * c_n
-        a2 = _load(A + k * a_k + e * a_e + n * a_n, tile_mask, False) * LOG2E
+        a2 = _rate(_load(A + k * a_k + e * a_e + n * a_n, tile_mask, False))
         if B_CONST:
             b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
         else:
@@ -299,7 +305,7 @@ def chunk_summary(
     d_p = delta + b * d_b + k * d_k + e * d_e
     z_p = z + b * z_b + e * z_e
     b_p = B + b * b_b + k * b_k + n * b_n
-    a2 = _load(A + k * a_k + e * a_e + n * a_n, tile_mask, False) * LOG2E
+    a2 = _rate(_load(A + k * a_k + e * a_e + n * a_n, tile_mask, False))
     if B_CONST:
         b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
     else:
@@ -350,7 +356,7 @@ def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e
     n = tl.arange(0, NP)[:, None].to(tl.int64)
     mask_e = e < E
     mask = mask_e[None, :] & (n < N)
-    a2 = _load(A + k * a_k + e[None, :] * a_e + n * a_n, mask, False) * LOG2E
+    a2 = _rate(_load(A + k * a_k + e[None, :] * a_e + n * a_n, mask, False))
     if HAS_INITIAL:
         h = _load(initial + b * i_b + k * i_k + e[None, :] * i_e + n * i_n, mask, False)
     else:
@@ -435,7 +441,7 @@ def scan_backward(
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
-        a2 = _load(A + k * a_k + e * a_e + n * a_n, tile_mask, False) * LOG2E
+        a2 = _rate(_load(A + k * a_k + e * a_e + n * a_n, tile_mask, False))
         skip = 0.0
         shift = 0.0
         if HAS_D:
