@@ -543,6 +543,10 @@ def test_imagenet_recipe_is_the_papers(root):
     ('scale: [1]', 'scale: expected 2 values'),
     ('- a\n- b', 'expected a mapping'),
     ('a: [', 'is not a YAML file'),
+    ('a: &x [1]\nb: *x', 'line 2 has an alias'),
+    ('a: ' + '[' * 5000, 'is not a YAML file'),
+    ('a: 2026-99-99', 'is not a YAML file'),
+    ('#' * (1 << 20) + '\n', 'is no recipe: larger than 1 MiB'),
     ('batch_size: 0', '--batch-size must be at least 1'),
     ('drop_path: 1.5', '--drop-path must be between 0 and 1'),
 ])
@@ -551,6 +555,15 @@ def test_wrong_recipe(tmp_path, text, message):
     recipe.write_text(text)
     with pytest.raises(UserError, match=message):
         train.parse_args(['--config', str(recipe)])
+
+
+def test_nested_aliases_of_a_recipe_cost_nothing(tmp_path):
+    """465 bytes that stand for 10^9 values: refused where the first one stands for another."""
+    lines = ['a0: &a0 [x, x, x, x, x, x, x, x, x, x]'] + [
+        f'a{i}: &a{i} [' + ', '.join([f'*a{i - 1}'] * 10) + ']' for i in range(1, 9)]
+    (tmp_path / 'bomb.yaml').write_text('\n'.join(lines))
+    with pytest.raises(UserError, match='bomb.yaml is not a YAML file: line 2 has an alias'):
+        common.read_recipe(str(tmp_path / 'bomb.yaml'))
 
 
 def test_recipe_values_are_converted_and_can_be_taken_back(tmp_path):

@@ -73,7 +73,7 @@ def test_training_learns_and_says_so(trained):
     lines = [line for line in printed.splitlines() if line.startswith('epoch ')]
     assert len(lines) == 6 and f'top1 {float(rows[-1]["eval_top1"]):.2f}' in lines[-1]  # one plain line per epoch
     assert {p.name for p in folder.iterdir()} == {
-        '.lock', 'args.yaml', 'summary.csv', 'last.pth.tar', 'best.pth.tar', 'model'}
+        '.lock', 'args.yaml', 'summary.csv', 'last.pth.tar', 'previous.pth.tar', 'best.pth.tar', 'model'}
     assert yaml.safe_load((folder / 'args.yaml').read_text())['lr'] == 3e-3
     assert load(folder / 'best.pth.tar')['progress']['best_metric'] == max(float(r['eval_top1']) for r in rows)
 
@@ -233,8 +233,8 @@ def test_killed_run_resumes_to_the_same_bits(npz_dir, tmp_path, tool, root):
     command = [sys.executable, str(root / 'tools' / 'train.py')]
     arguments = options(npz_dir, tmp_path / 'killed', *EVERYTHING_RANDOM, model=model)
     last = tmp_path / 'killed' / 'run' / 'last.pth.tar'
-    process = subprocess.Popen(command + arguments, env=tool_environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, cwd=tmp_path)
+    process = subprocess.Popen(command + arguments + ['--workers', '2'], env=tool_environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
     deadline = time.monotonic() + 240
     while True:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
@@ -246,12 +246,17 @@ def test_killed_run_resumes_to_the_same_bits(npz_dir, tmp_path, tool, root):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):  # its loader processes are gone too
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
     (last.parent / '.last.pth.tar.0123.tmp').write_bytes(b'what a kill while writing leaves')
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had
     try:
-        resumed = tool('train', '--resume', last, '--workers', 1)
+        resumed = tool('train', '--resume', last, '--workers', 0)
         assert resumed.code == 0, resumed.err
         assert f'resumed from {last} at epoch {stopped["epoch"]}, batch {stopped["batch"]}' in resumed.out
         undisturbed = tool('train', *options(npz_dir, tmp_path / 'whole', *EVERYTHING_RANDOM, model=model))
@@ -449,6 +454,9 @@ def test_divergence_stops_and_leaves_the_last_good_checkpoint(npz_dir, tmp_path,
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
     assert checkpoint['progress']['updates'] == 12
     assert all(v.isfinite().all() for v in checkpoint['state_dict'].values())
+    largest = max(v.abs().max().item() for v in checkpoint['state_dict'].values())
+    assert 'last.pth.tar is of epoch 1, batch 2, training loss ' in result.err and (
+        f'weights are finite, the largest {largest:.3g}. best.pth.tar is of epoch 0. A lower --lr' in result.err)
 
 
 def test_two_runs_in_one_folder(npz_dir, tmp_path, tool):

@@ -190,14 +190,30 @@ def apply_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any], wher
     parser.set_defaults(**out)
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """Without aliases: a few hundred bytes of nested ones stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f'line {mark.line + 1} has an alias (*NAME), which recipes may not have')
+        return super().compose_node(parent, index)
+
+
+_LARGEST_RECIPE = 1 << 20  # bytes
+
+
 def read_recipe(path: str) -> Dict[str, Any]:
     """A YAML recipe: one mapping of option names to values."""
     try:
         with open(path, encoding='utf-8') as f:
-            recipe = yaml.safe_load(f)
+            text = f.read(_LARGEST_RECIPE + 1)
+        if len(text) > _LARGEST_RECIPE:
+            raise UserError(f'{path} is no recipe: larger than 1 MiB')
+        recipe = yaml.load(text, _RecipeLoader)
     except OSError as e:
         raise UserError(f'cannot read the recipe {path}: {e.strerror or e}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no such date
         raise UserError(f'{path} is not a YAML file: {one_line(e)}') from None
     if recipe is None:
         return {}
@@ -340,9 +356,18 @@ def class_names(model: torch.nn.Module) -> Optional[List[str]]:
     return list(names) if len(names) == model.num_classes else None
 
 
+def not_finite(state: Dict[str, torch.Tensor]) -> List[str]:
+    """The tensors that hold NaN or infinity; waits for a GPU once."""
+    names = {}
+    for k, v in state.items():
+        if v.is_floating_point():
+            names.setdefault(v.device, {})[k] = v.isfinite().all()
+    return [k for flags in names.values() for k, ok in zip(flags, torch.stack(list(flags.values())).tolist()) if not ok]
+
+
 def check_finite(state: Dict[str, torch.Tensor], what: str) -> None:
     """Refuse weights that are NaN or infinite."""
-    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    bad = not_finite(state)
     if bad:
         raise UserError(f'{what} has weights that are not finite: {_some(bad)}')
 
@@ -363,6 +388,7 @@ def load_weights(model: torch.nn.Module, path: str, name: str, use_ema: bool = T
 def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str, name: str) -> None:
     """Load weights into a model; every key and shape must match, and the error names those that do not."""
     own = model.state_dict()
+    state = upgraded(model, state) or state
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     shapes = [f'{k} {tuple(state[k].shape)} for {tuple(v.shape)}' for k, v in own.items()
@@ -378,6 +404,13 @@ def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str
         raise UserError(f'{path} does not fit {name}: ' + '; '.join(problems) + hint)
     check_finite(state, path)
     model.load_state_dict(state, strict=True)
+
+
+def upgraded(model: torch.nn.Module, state: Dict[str, torch.Tensor]) -> Optional[Dict[str, torch.Tensor]]:
+    """Weights of version 0.1.0 under today's names; None if they are no such."""
+    upgrade = getattr(sys.modules[type(model).__module__], 'upgrade_state_dict', None)
+    new = upgrade(state) if upgrade is not None else state
+    return new if list(new) != list(state) else None
 
 
 def trained_model(args: argparse.Namespace) -> torch.nn.Module:

@@ -4,7 +4,13 @@ Training batches are a pure function of (seed, epoch, position): the sample orde
 sample's augmentation sees, do not depend on worker processes or on where a run was interrupted. That is what makes an
 exact resume in the middle of an epoch possible.
 """
+import atexit
+import ctypes
+import multiprocessing
+import os
 import random
+import signal
+import sys
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -130,6 +136,30 @@ def train_transform(input_size: Sequence[int], *, crop_mode: Optional[str], crop
     return transform
 
 
+def _init_worker(worker_id: int) -> None:
+    """A worker leaves signals to its parent, which ends it in order, and does not outlive it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes, by Ctrl-C or slurm
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == 'linux':
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has died meanwhile
+            os._exit(0)
+
+
+def end_workers_at_exit() -> None:
+    """Let no loader process live on when this one ends, by an error or a signal."""
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call their end an error
+    for child in children:
+        child.kill()
+
+
 def train_loader(
         dataset,
         *,
@@ -153,7 +183,7 @@ def train_loader(
                         + (f' in each of {world_size} processes' if world_size > 1 else '') + ': lower --batch-size')
     loader = torch.utils.data.DataLoader(
         SeededDataset(dataset, seed), batch_sampler=sampler, num_workers=workers, collate_fn=fast_collate,
-        pin_memory=pin_memory, persistent_workers=workers > 0,
+        pin_memory=pin_memory, persistent_workers=workers > 0, worker_init_fn=_init_worker,
         generator=torch.Generator().manual_seed(seed))
     return PrefetchLoader(loader, mean=tuple(mean), std=tuple(std), channels=channels, device=device), sampler
 
@@ -165,7 +195,7 @@ def streaming_loader(dataset, *, batch_size: int, transform, mean, std, channels
     dataset.set_loader_cfg(num_workers=workers)
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=batch_size, drop_last=True, num_workers=workers, collate_fn=fast_collate,
-        pin_memory=pin_memory, generator=torch.Generator().manual_seed(seed))
+        pin_memory=pin_memory, worker_init_fn=_init_worker, generator=torch.Generator().manual_seed(seed))
     return PrefetchLoader(loader, mean=tuple(mean), std=tuple(std), channels=channels, device=device)
 
 
@@ -178,8 +208,10 @@ def seed_stream(loader: PrefetchLoader, *key: int) -> None:
 def eval_loader(dataset, data_config: dict, *, batch_size: int, device: torch.device, workers: int,
                 distributed: bool = False, pin_memory: bool = False, persistent_workers: bool = False):
     """timm's evaluation loader."""
-    return create_loader(
+    loader = create_loader(
         dataset, input_size=data_config['input_size'], batch_size=batch_size, is_training=False,
         interpolation=data_config['interpolation'], mean=data_config['mean'], std=data_config['std'],
         crop_pct=data_config['crop_pct'], crop_mode=data_config['crop_mode'], num_workers=workers, device=device,
         distributed=distributed, pin_memory=pin_memory, persistent_workers=persistent_workers)
+    getattr(loader, 'loader', loader).worker_init_fn = _init_worker  # timm's seeds what evaluation does not draw
+    return loader

@@ -6,15 +6,16 @@
     python tools/train.py --resume output/train/RUN/last.pth.tar
 
 Built from timm's parts: data sets, transforms, Mixup/CutMix, losses, optimizers, schedulers, EMA. A run writes to
-OUTPUT/EXPERIMENT: args.yaml, summary.csv, last.pth.tar (newest state), best.pth.tar (best epoch by --eval-metric), and
-model/, a folder for `timm.create_model('local-dir:…/model', pretrained=True)` with the final weights (EMA where it is
-on).
+OUTPUT/EXPERIMENT: args.yaml, summary.csv, last.pth.tar (newest state), previous.pth.tar (the one before it),
+best.pth.tar (best epoch by --eval-metric), and model/, a folder for `timm.create_model('local-dir:…/model',
+pretrained=True)` with the weights that were evaluated best.
 
 Resume is exact. Every random number of training is a function of (seed, epoch, batch or sample), checkpoints are
 renamed into place after they are complete, and they hold whatever else a run carries along. A run that is killed at
 any moment and resumed therefore ends with the same bits as one that was not, with any number of --workers, on
 hardware whose kernels are deterministic (see --deterministic). Streaming data sets resume at the last complete epoch,
-with the same number of --workers.
+with the same number of --workers. SIGTERM and SIGINT (Ctrl-C, slurm) write a checkpoint first; the exit code is 143 or
+130.
 """
 import argparse
 import copy
@@ -25,6 +26,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -255,17 +257,51 @@ def check_args(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 def read_training_checkpoint(path: str) -> dict:
+    """A last.pth.tar, best.pth.tar or previous.pth.tar, verified; what could not be resumed is refused in words."""
     if not os.path.isfile(path):
         raise UserError(f'no checkpoint to resume from at {path}')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except common._LOAD_ERRORS as e:
-        raise UserError(f'cannot read the checkpoint {path}: damaged, truncated or not a checkpoint '
-                        f'({common.one_line(e, 200)})') from None
+        checkpoint = common.read_torch(path)
+    except UserError as e:
+        previous = Path(path).with_name('previous.pth.tar')
+        hint = f'. The checkpoint before it is {previous}' if previous.is_file() and previous.name not in path else ''
+        raise UserError(f'{e}{hint}') from None
     if not isinstance(checkpoint, dict) or 'progress' not in checkpoint or 'args' not in checkpoint:
         raise UserError(f'{path} is no training state of this tool: use --initial-checkpoint to start from its weights')
-    if checkpoint['format'] != _FORMAT:
-        raise UserError(f'{path} has checkpoint format {checkpoint["format"]}, this tool reads {_FORMAT}')
+    if type(checkpoint.get('format')) is not int or checkpoint['format'] != _FORMAT:
+        found = common.one_line(repr(checkpoint.get('format')), 40)
+        raise UserError(f'{path} has checkpoint format {found}, this tool reads {_FORMAT}')
+
+    def texts(value) -> bool:
+        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+
+    def weights(value) -> bool:
+        return texts(value) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+
+    def count(value) -> bool:
+        return type(value) is int and 0 <= value < 1 << 53
+
+    progress = checkpoint['progress'] if texts(checkpoint['progress']) else {}
+    options = checkpoint['args'] if texts(checkpoint['args']) else {}
+    names = checkpoint.get('label_names')
+    for what, ok in (
+            ('args', texts(checkpoint['args'])),
+            ('arch', isinstance(checkpoint.get('arch'), str) and checkpoint['arch'] == options.get('model')),
+            ('progress', all(count(progress.get(k)) for k in ('epoch', 'batch', 'updates', 'samples'))
+             and all(isinstance(progress.get(k), (int, float)) for k in ('loss_sum', 'train_seconds'))
+             and isinstance(progress.get('best_metric'), (int, float, type(None)))
+             and (progress.get('best_epoch') is None or count(progress['best_epoch']))
+             and progress.get('best_kind', 'weights') in ('weights', 'averaged weights')),
+            ('world_size', count(checkpoint.get('world_size'))),
+            ('train_samples', 'train_samples' in checkpoint
+             and (checkpoint['train_samples'] is None or count(checkpoint['train_samples']))),
+            ('label_names', names is None or isinstance(names, list) and all(isinstance(n, str) for n in names)),
+            ('state_dict', weights(checkpoint.get('state_dict'))),
+            ('state_dict_ema', 'state_dict_ema' not in checkpoint or weights(checkpoint['state_dict_ema'])),
+            ('optimizer', texts(checkpoint.get('optimizer'))),
+    ):
+        if not ok:
+            raise UserError(f'{path} is no training state that can be resumed: its field {what} is missing or damaged')
     return checkpoint
 
 
@@ -300,6 +336,43 @@ class Progress:
         vars(self).update(state)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Without anchors and aliases, which recipes may not have."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; the text says where it continues."""
+
+    def __init__(self, number: int, text: str):
+        super().__init__(text)
+        self.number = number
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT, so that training ends at an update, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.number: Optional[int] = None
+        self._old: Dict[int, Any] = {}
+
+    def __enter__(self) -> 'Signals':
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+
+
 class Run:
     """The folder of a run: its files are complete or absent, whenever the process dies."""
 
@@ -317,17 +390,54 @@ class Run:
         except OSError as e:
             raise UserError(f'cannot create the run folder {self.folder}: {e.strerror}') from None
         self._lock.enter_context(common.locked_folder(self.folder))
-        common.write_text(self.folder / 'args.yaml', yaml.safe_dump(vars(self.args), default_flow_style=None))
+        text = yaml.dump(vars(self.args), Dumper=_Dumper, default_flow_style=None)
+        common.write_text(self.folder / 'args.yaml', text)
 
     def release(self) -> None:
         """Let other processes use the folder."""
         self._lock.close()
 
     def save(self, state: dict, best: bool) -> None:
+        """Write last.pth.tar; what it was becomes previous.pth.tar."""
         last = self.folder / 'last.pth.tar'
-        common.write_torch(last, state)
-        if best:
-            common.write_atomic(self.folder / 'best.pth.tar', lambda tmp: self._copy(last, tmp))
+        try:
+            if last.exists():
+                self.copy('last.pth.tar', 'previous.pth.tar')
+            common.write_torch(last, state)
+            if best:
+                self.copy('last.pth.tar', 'best.pth.tar')
+        except UserError as e:
+            good = f'; {last} is complete, the state before' if last.exists() else ''
+            raise UserError(f'{e}{good}') from None
+
+    def copy(self, source: str, target: str) -> None:
+        """Make a file of the folder the same as another one, without a second copy on the disk where that can be."""
+        common.write_atomic(self.folder / target, lambda tmp: self._copy(self.folder / source, tmp))
+
+    def adopt(self, checkpoint: str) -> None:
+        """Make the state that the run continues from its last.pth.tar: the one there may be damaged, or too new."""
+        last = self.folder / 'last.pth.tar'
+        if os.path.realpath(checkpoint) != os.path.realpath(last):
+            common.write_atomic(last, lambda tmp: self._copy(Path(checkpoint), tmp))
+
+    def restore_best(self, progress: 'Progress') -> Optional[str]:
+        """Make best.pth.tar the state that `progress` names; a line that says so where it is lost."""
+        if progress.best_epoch is None:
+            return None
+        if progress.batch == 0 and progress.best_epoch == progress.epoch - 1:  # of last.pth.tar, written just before
+            self.copy('last.pth.tar', 'best.pth.tar')
+            return None
+        path = self.folder / 'best.pth.tar'
+        try:
+            found = read_training_checkpoint(str(path))['progress']
+            if (found['best_epoch'], found['best_metric']) == (progress.best_epoch, progress.best_metric):
+                return None
+            problem = f'it is of epoch {found["best_epoch"]}'
+        except UserError as e:
+            problem = str(e)
+        text = f'the best epoch, {progress.best_epoch}, is lost ({problem}): from here on the best is sought anew'
+        progress.best_epoch = progress.best_metric = None
+        return text
 
     @staticmethod
     def _copy(source: Path, target: str) -> None:
@@ -378,9 +488,11 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 class Trainer:
     """One training run in one process (of several, under torchrun)."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: Optional[dict]):
+    def __init__(self, args: argparse.Namespace, checkpoint: Optional[dict], signals: Optional[Signals] = None):
         self.args = args
+        self.signals = signals or Signals()
         self.progress = Progress()
+        self.saved = 'There is no checkpoint yet'
         self.setup_device()
         self.primary = self.rank == 0
         self.run = Run(self.run_folder(), args)
@@ -407,6 +519,8 @@ class Trainer:
         except (RuntimeError, AssertionError, ValueError) as e:
             raise UserError(f'cannot start distributed training: {common.one_line(e)}') from None
         self.rank, self.world_size, self.distributed = setup.rank, setup.world_size, setup.distributed
+        self.control = dist.new_group(backend='gloo') if self.distributed else None  # of the CPU: no wait for the GPU
+        self.asked: Optional[Tuple[Any, torch.Tensor]] = None
         self.autocast = common.autocast(self.device, args.amp, args.amp_dtype)
         if args.deterministic:
             os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -589,11 +703,37 @@ class Trainer:
         return state
 
     def save(self, best: bool = False) -> None:
-        loss_sum, samples = self.over_processes(self.progress.loss_sum, self.progress.samples)
+        """Write a checkpoint; only of numbers that are finite, so that each is a state to go back to."""
+        p = self.progress
+        averaged = {} if self.ema is None else self.ema.module.state_dict()
+        moments = {f'optimizer.{i}.{k}': v for i, state in self.optimizer.state_dict()['state'].items()
+                   for k, v in state.items() if isinstance(v, torch.Tensor)}
+        for what, state in (('weights', self.model.state_dict()), ('averaged weights', averaged),
+                            ('optimizer state', moments)):
+            bad = common.not_finite(state)
+            if bad:
+                raise UserError(f'the {what} are not finite in epoch {p.epoch} by batch {p.batch}: '
+                                f'{common.one_line(", ".join(bad), 120)}. {self.way_back()}')
+        loss_sum, samples = self.over_processes(p.loss_sum, p.samples)
         if self.primary:
             state = self.state()
             state['progress'].update(loss_sum=loss_sum, samples=samples)
             self.run.save(state, best)
+        self.note_saved()
+
+    def note_saved(self) -> None:
+        """Remember what the last checkpoint is, for who has to go back to it."""
+        p = self.progress
+        largest = torch.stack([v.detach().abs().max().float() for v in self.model.parameters()]).max().item()
+        loss = f', training loss {p.loss_sum / p.samples:.4g}' if p.samples else ''
+        self.saved = (f'{self.run.folder / "last.pth.tar"} is of epoch {p.epoch}, batch {p.batch}{loss}; its weights '
+                      f'are finite, the largest {largest:.3g}')
+
+    def way_back(self) -> str:
+        """What a run that diverged can go back to."""
+        p = self.progress
+        best = f'. best.pth.tar is of epoch {p.best_epoch}' if p.best_epoch is not None else ''
+        return f'{self.saved}{best}. A lower --lr, --clip-grad or bfloat16 may help'
 
     def restore(self, checkpoint: dict) -> None:
         args = self.args
@@ -604,6 +744,9 @@ class Trainer:
             if saved != now and not args.resume_with_changes:
                 raise UserError(f'{args.resume} was trained with {saved} {what}, now there are {now}. '
                                 'Pass --resume-with-changes if you mean it')
+        if common.upgraded(self.model, checkpoint['state_dict']) is not None:
+            raise UserError(f'{args.resume} is of version 0.1.0, whose optimizer state has no counterpart today: '
+                            '--initial-checkpoint starts from its weights')
         names = checkpoint.get('label_names')  # 0.1.0 had none
         if names and self.label_names and names != self.label_names:
             changed = sorted(set(names) ^ set(self.label_names)) or 'the same names in another order'
@@ -622,9 +765,11 @@ class Trainer:
                 self.scheduler.load_state_dict(checkpoint['scheduler'])
             if self.scaler is not None and self.scaler.state_dict_key in checkpoint:
                 self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
-        except (RuntimeError, ValueError, KeyError) as e:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as e:
             raise UserError(f'{args.resume} does not fit this run: {common.one_line(e)}') from None
-        self.progress.load_state_dict(checkpoint['progress'])
+        common.check_finite(checkpoint['state_dict'], args.resume)
+        self.progress.load_state_dict({k: v for k, v in checkpoint['progress'].items() if k in vars(self.progress)})
+        self.note_saved()
         if not self.primary:  # the sums are over all processes: one of them carries them on
             self.progress.loss_sum, self.progress.samples = 0., 0
 
@@ -638,8 +783,12 @@ class Trainer:
 
     def fit(self) -> None:
         args, p = self.args, self.progress
+        lost = None
         if self.primary:
             self.run.create(resume=bool(args.resume))
+            if args.resume:
+                self.run.adopt(args.resume)
+                lost = self.run.restore_best(p)
         if self.distributed:
             dist.barrier()
         height, width = self.data_config['input_size'][-2:]
@@ -650,6 +799,8 @@ class Trainer:
                  f'{self.epochs} epochs of {self.updates_per_epoch} updates; run folder {self.run.folder}')
         if args.resume:
             self.log(f'resumed from {args.resume} at epoch {p.epoch}, batch {p.batch} of {self.batches}')
+        if lost:
+            self.log(lost)
         if p.epoch >= self.epochs:
             self.log(f'nothing to do: the run has its {self.epochs} epochs')
         self.started, self.seconds_before, self.before_first_update = time.monotonic(), p.train_seconds, None
@@ -752,11 +903,14 @@ class Trainer:
                 bar.update()
                 checkpoint = args.checkpoint_interval_steps and p.updates % args.checkpoint_interval_steps == 0
                 report = (bool(args.log_interval) or not bar.disable) and every()
-                if checkpoint or (report and self.primary):
+                stop = self.asked_to_stop()
+                if checkpoint or stop or (report and self.primary):
                     p.loss_sum = loss_sum.item()
                     self.check_finite(p.loss_sum, epoch, i)
-                if checkpoint:
+                if checkpoint and not stop:
                     self.save()
+                if stop:
+                    self.stop()
                 if report and self.primary:
                     speed = seen * self.world_size / (time.perf_counter() - begin)
                     if bar.disable:
@@ -825,15 +979,46 @@ class Trainer:
 
     def check_finite(self, loss_sum: float, epoch: int, batch: int) -> None:
         if not math.isfinite(loss_sum):
-            raise UserError(f'the loss is {loss_sum} in epoch {epoch} by batch {batch}: training diverged. The last '
-                            f'checkpoint in {self.run.folder} is from before it; a lower --lr, --clip-grad or bfloat16 '
-                            'may help')
+            raise UserError(f'the loss is {loss_sum} in epoch {epoch} by batch {batch}: training diverged. '
+                            f'{self.way_back()}')
+
+    def asked_to_stop(self) -> bool:
+        """Whether a process of the run got a signal: the same answer in all of them at the same update.
+
+        Over processes it comes one call late, because nobody waits for it.
+        """
+        if not self.distributed:
+            return self.signals.number is not None
+        flag = torch.tensor(self.signals.number or 0)
+        before, self.asked = self.asked, (dist.all_reduce(flag, dist.ReduceOp.MAX, self.control, async_op=True), flag)
+        if before is None:
+            return False
+        before[0].wait()
+        if before[1].item():
+            self.asked[0].wait()
+            self.signals.number = before[1].item()
+        return bool(before[1].item())
+
+    def stop(self) -> None:
+        """Save, and end because of a signal."""
+        last = self.run.folder / 'last.pth.tar'
+        if self.streaming:  # resumes at the last complete epoch
+            text = f'continue at the last complete epoch with --resume {last}' if last.exists() else 'nothing is saved'
+        else:
+            self.save()
+            text = f'continue with --resume {last}'
+        raise Stopped(self.signals.number, text)
+
+    def check_stop(self) -> None:
+        """Between the batches of an evaluation."""
+        if self.asked_to_stop():
+            self.stop()
 
     def evaluate(self, model: torch.nn.Module, epoch: int) -> Dict[str, float]:
         return validation.evaluate(
             model, self.val_loader, self.device, self.autocast, distributed=self.distributed,
             memory_format=self.memory_format, progress=self.primary and not self.args.no_progress,
-            desc=f'evaluate {epoch}')
+            desc=f'evaluate {epoch}', each_batch=self.check_stop)
 
     def finish_epoch(self, train: Dict[str, float]) -> None:
         """Evaluate, write the summary, step the schedule, save."""
@@ -848,7 +1033,7 @@ class Trainer:
             sign = -1 if args.eval_metric == 'loss' else 1
             kind = max(found, key=lambda k: sign * found[k][args.eval_metric])
             metric = found[kind][args.eval_metric]
-            best = p.best_metric is None or sign * metric > sign * p.best_metric
+            best = math.isfinite(metric) and (p.best_metric is None or sign * metric > sign * p.best_metric)
             if best:
                 p.best_metric, p.best_epoch, p.best_kind = metric, epoch, kind
             line = ''.join(f', top1 {m["top1"]:.2f} top5 {m["top5"]:.2f} loss {m["loss"]:.4f}'
@@ -867,14 +1052,25 @@ class Trainer:
         self.save(best)
 
 
-def main() -> None:
+def main() -> int:
     args, checkpoint = parse_args()
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
-    trainer = Trainer(args, checkpoint)
-    try:
-        trainer.fit()
-    finally:
-        trainer.run.release()
+    data.end_workers_at_exit()
+    with Signals() as signals:
+        trainer = Trainer(args, checkpoint, signals)
+        try:
+            trainer.fit()
+        except Stopped as e:
+            print(f'train.py: stopped by {signal.Signals(e.number).name}: {e}', file=sys.stderr)
+            return 128 + e.number
+        except RuntimeError as e:
+            if not trainer.distributed or not (isinstance(e, dist.DistError) or 'gloo' in str(e)):
+                raise
+            raise UserError(f'another process of the run has ended ({common.one_line(e, 120)}). '
+                            f'{trainer.saved}') from None
+        finally:
+            trainer.run.release()
+    return 0
 
 
 if __name__ == '__main__':

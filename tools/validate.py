@@ -7,7 +7,7 @@
 """
 import argparse
 import time
-from typing import Dict
+from typing import Callable, Dict
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from _common import UserError
 
 @torch.inference_mode()
 def evaluate(model, loader, device: torch.device, autocast, *, distributed: bool = False,
-             memory_format=torch.contiguous_format, progress: bool = True, desc: str = 'evaluate') -> Dict[str, float]:
+             memory_format=torch.contiguous_format, progress: bool = True, desc: str = 'evaluate',
+             each_batch: Callable[[], None] = lambda: None) -> Dict[str, float]:
     """Top-1 and top-5 (per cent), mean cross-entropy, number of images and images per second.
 
     With `distributed` the figures are over all processes, and the images that a sampler repeats to make the
@@ -53,6 +54,7 @@ def evaluate(model, loader, device: torch.device, autocast, *, distributed: bool
                 totals += torch.stack([torch.tensor(float(n)), top1.cpu() * n, top5.cpu() * n, loss.cpu()]).double()
                 count += n
             bar.update()
+            each_batch()
             if count and not bar.disable:
                 bar.set_postfix_str(f'top1 {totals[1] / totals[0]:.2f}, loss {totals[3] / totals[0]:.4f}, '
                                     f'{count / (time.perf_counter() - begin):.0f} img/s')
@@ -105,6 +107,7 @@ def main() -> None:
     parameters = common.count_parameters(model)
     loader = data.eval_loader(dataset, config, batch_size=args.batch_size, device=device, workers=args.workers)
     run = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+    data.end_workers_at_exit()
     autocast = common.autocast(device, args.amp, args.amp_dtype)
     result = evaluate(run, loader, device, autocast, memory_format=memory_format, progress=not args.no_progress)
     height, width = config['input_size'][-2:]
