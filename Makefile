@@ -12,10 +12,10 @@ SCAN_ARGS ?=
 BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench wheels clean
+.PHONY: help setup demo test lint bench soak sanitize wheels clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## install the package and what it needs into .venv
 
@@ -50,6 +50,12 @@ bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON
 wheels: $(STAMP)  ## a wheel for each of Linux x86-64 and aarch64, macOS arm64 and Windows x86-64, in dist/
 	for platform in $(WHEELS); do \
 		VIM2_PLATFORM=$$platform $(PY) -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; done
+
+soak: $(DEV_STAMP)  ## training, evaluation and prediction in turn for ten minutes: memory and speed stay flat
+	$(PY) tests/soak.py
+
+sanitize: $(DEV_STAMP)  ## the tests of the scan with its C++ library under AddressSanitizer and UBSan; needs GCC
+	$(PY) tests/sanitized.py
 
 clean:  ## remove .venv and everything that was generated
 	rm -rf $(VENV) build dist *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output

@@ -186,38 +186,37 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     path = tmp_path / 'last.pth.tar'
     _files.write_torch(path, state)
     whole = path.read_bytes()
-    assert torch.equal(_files.read_torch(path)['weights'], state['weights'])
+    _files.check_torch(path)
     assert torch.equal(torch.load(path, weights_only=True)['weights'], state['weights'])  # anybody's reader
     silent = 0
     generator = torch.Generator().manual_seed(0)
-    for i in torch.randint(len(whole), (300,), generator=generator).tolist():
+    for i in torch.randint(len(whole), (150,), generator=generator).tolist():
         damaged = bytearray(whole)
         damaged[i] ^= 1 << i % 8
         path.write_bytes(damaged)
         try:
-            read = _files.read_torch(path)
-            assert i >= len(whole) - 71 and torch.equal(read['weights'], state['weights'])  # in the sum's own name
+            _files.check_torch(path)
+            assert i >= len(whole) - 71  # in the sum's own name
+            assert torch.equal(torch.load(path, weights_only=True)['weights'], state['weights'])
         except _files.Damaged:
             pass
         try:
             silent += not torch.equal(torch.load(path, weights_only=True)['weights'], state['weights'])
         except Exception:
             pass
-    assert silent > 50  # what the sum is for
+    assert silent > 20  # what the sum is for
 
 
 def test_files_of_torch_save_alone_are_checked_too(tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(dict(a=torch.arange(500.)), path)
-    assert torch.equal(_files.read_torch(path)['a'], torch.arange(500.))
+    _files.check_torch(path)
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(_files.Damaged, match='the sum of its part weights/data/0 is wrong'):
-        _files.read_torch(path)
-    torch.save(dict(a=torch.arange(5.)), path, _use_new_zipfile_serialization=False)
-    assert torch.equal(_files.read_torch(path)['a'], torch.arange(5.))
+        _files.check_torch(path)
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('weights/data.pkl', bytes(100_000))
     with pytest.raises(_files.Damaged, match='it is compressed'):
-        _files.read_torch(path)
+        _files.check_torch(path)

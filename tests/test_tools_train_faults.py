@@ -58,12 +58,12 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_named(npz_dir, tmp
     last.write_bytes(damaged)
     error = one_line(tool('train', '--resume', last))
     previous = last.with_name('previous.pth.tar')
-    assert 'is damaged: its SHA-256 sum' in error and f'The checkpoint before it is {previous}' in error
+    assert 'its SHA-256 sum is not the one' in error and f'The checkpoint before it is {previous}' in error
     assert load(previous)['progress']['updates'] == 6
     # a weights file for the other tools as well
     result = tool('validate', '--model', 'test_vit', '--checkpoint', last, '--data-dir', npz_dir, '--dataset', 'npz',
                   '--split', 'test')
-    assert 'is damaged: its SHA-256 sum' in one_line(result)
+    assert 'its SHA-256 sum is not the one' in one_line(result)
     result = tool('train', '--resume', previous)
     assert result.code == 0, result.err
     assert_same_state(load(whole / 'last.pth.tar'), load(last))

@@ -278,14 +278,18 @@ def create_model(name: str, **kwargs):
 
 def read_torch(path: str) -> Any:
     """What torch.save wrote, verified and read with weights_only=True: nothing in the file is executed."""
-    from vim2 import _files
+    from vim2 import pretrained
+    with _reading(path):
+        return pretrained.read_torch(path)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        return _files.read_torch(path)
-    except _files.Damaged as e:
-        raise UserError(f'cannot read the checkpoint {path}: it is damaged: {e}') from None
+        yield
     except _LOAD_ERRORS as e:
         raise UserError(f'cannot read the checkpoint {path}: it is damaged, truncated or not a weights file '
-                        f'({one_line(e, 200)})') from None
+                        f'({one_line(e)})') from None
 
 
 def read_checkpoint(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
@@ -298,37 +302,28 @@ def read_checkpoint(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
 
 def _read_checkpoint(path: str, use_ema: bool = True) -> Tuple[Dict[str, torch.Tensor], Optional[List[str]]]:
     """The same, and the names of the classes, where the file, or config.json beside a .safetensors file, has them."""
-    from safetensors.torch import load_file
-    from timm.models import clean_state_dict
+    from vim2 import pretrained
     if not os.path.isfile(path):
         what = 'is a folder, not a file' if os.path.isdir(path) else 'does not exist'
         hint = f" (a folder with config.json and model.safetensors is a model: --model local-dir:{path})" \
             if os.path.isfile(os.path.join(path, 'config.json')) else ''
         raise UserError(f'checkpoint {path} {what}{hint}')
-    names = None
+    content = None
     if path.endswith('.safetensors'):
-        try:
-            state = load_file(path)
-        except _LOAD_ERRORS as e:
-            raise UserError(f'cannot read the checkpoint {path}: it is damaged, truncated or not a weights file '
-                            f'({one_line(e, 200)})') from None
+        with _reading(path):
+            state = pretrained.read_checkpoint(path)
         config = Path(path).with_name('config.json')
-        if config.is_file():
-            content = read_json(config)
-            names = content.get('label_names') if isinstance(content, dict) else None
+        content = read_json(config) if config.is_file() else None
     else:
-        state = read_torch(path)
-        if isinstance(state, dict):  # as timm's load_state_dict chooses
-            names = state.get('label_names')
-            keys = (*(('state_dict_ema', 'model_ema') if use_ema else ()), 'state_dict', 'model')
-            key = next((k for k in keys if state.get(k) is not None), None)
-            state = state if key is None else state[key]
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise UserError(f'{path} holds no state dict of tensors')
+        content = read_torch(path)
+        try:
+            state = pretrained.select(content, path, None if use_ema else False)
+        except RuntimeError as e:
+            raise UserError(one_line(e)) from None
+    names = content.get('label_names') if isinstance(content, dict) else None
     if names is not None:
         check_names(names, f'{path}: label_names')
-    return clean_state_dict(state), None if names is None else list(names)
+    return state, None if names is None else list(names)
 
 
 def read_json(path: os.PathLike) -> Any:
@@ -388,6 +383,8 @@ def load_weights(model: torch.nn.Module, path: str, name: str, use_ema: bool = T
 def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str, name: str) -> None:
     """Load weights into a model; every key and shape must match, and the error names those that do not."""
     own = model.state_dict()
+    if not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f'{path} holds no state dict of tensors')
     state = upgraded(model, state) or state
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
@@ -430,7 +427,7 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> Dict[str, A
     """The preprocessing: the model's own, changed by options."""
     from timm.data import resolve_data_config
     options = {k: getattr(args, k, None) for k in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'in_chans')}
-    size = image_size(args.img_size)
+    size = image_size(getattr(args, 'img_size', None))
     if size:
         options['input_size'] = (options['in_chans'] or model.pretrained_cfg['input_size'][0], *size)
     try:

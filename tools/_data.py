@@ -149,6 +149,7 @@ def _init_worker(worker_id: int) -> None:
 
 def end_workers_at_exit() -> None:
     """Let no loader process live on when this one ends, by an error or a signal."""
+    atexit.unregister(_end_workers)
     atexit.register(_end_workers)
 
 

@@ -229,9 +229,11 @@ def label_function(model: torch.nn.Module, labels: Optional[str]) -> Callable[[i
     """From class index to label: --labels, else the model's own names, else ImageNet's by the number of classes."""
     if labels:
         return read_labels(labels, model.num_classes).index_to_description
-    cfg = model.pretrained_cfg
-    names, descriptions = cfg.get('label_names'), cfg.get('label_descriptions')
-    if names and len(names) == model.num_classes:
+    names, descriptions = common.class_names(model), model.pretrained_cfg.get('label_descriptions')
+    if names:
+        if descriptions and not (isinstance(descriptions, dict) and all(
+                isinstance(descriptions.get(n), str) for n in names)):
+            raise UserError('label_descriptions of the model must have a text for each of its label_names')
         return CustomDatasetInfo(names, descriptions or None).index_to_description
     subset = infer_imagenet_subset(model)
     if subset:

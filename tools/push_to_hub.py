@@ -89,7 +89,8 @@ def read_source(args: argparse.Namespace) -> Source:
         if 'progress' in checkpoint and 'args' in checkpoint and 'arch' in checkpoint:
             return _read_training(path, checkpoint, use_ema=not args.no_ema)
         state = checkpoint.get('state_dict')
-        if isinstance(state, dict) and any(k.startswith('backbone.net.') for k in state):
+        if isinstance(state, dict) and all(isinstance(k, str) for k in state) and any(
+                k.startswith('backbone.net.') for k in state):
             return _read_openmmlab(path, checkpoint, args)
     if not args.model:
         raise UserError(f'{path} does not say of which model its weights are: pass --model NAME')
@@ -112,6 +113,8 @@ def _ignored(*args) -> None:
 def read_pickle(path: Path) -> dict:
     """A checkpoint, read with weights_only=True: nothing in the file is executed."""
     from numpy._core import multiarray
+
+    from vim2 import _files
     with_dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
     # mmengine's log of losses: its class and the methods that it names are replaced by nothing
     safe = [argparse.Namespace, np.ndarray, np.dtype, *with_dtypes,
@@ -121,7 +124,10 @@ def read_pickle(path: Path) -> dict:
             (OrderedDict, 'mmengine.config.config.ConfigDict')]
     try:
         with torch.serialization.safe_globals(safe):
+            _files.check_torch(path)
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except _files.Damaged as e:
+        raise UserError(f'cannot read the checkpoint {path}: it is damaged: {e}') from None
     except common._LOAD_ERRORS as e:
         try:
             with torch.serialization.safe_globals(safe):
@@ -155,7 +161,8 @@ def _model_for(name: str, state: Dict[str, torch.Tensor], path: Path, **kwargs) 
 
 def _read_training(path: Path, checkpoint: dict, use_ema: bool) -> Source:
     """A .pth.tar of tools/train.py."""
-    options = checkpoint['args']
+    training.check_training_state(checkpoint, str(path))
+    options = training.checked_options(checkpoint['args'], str(path))
     averaged = use_ema and 'state_dict_ema' in checkpoint
     state = checkpoint['state_dict_ema' if averaged else 'state_dict']
     kwargs = dict(options.get('model_kwargs') or {})
@@ -165,8 +172,7 @@ def _read_training(path: Path, checkpoint: dict, use_ema: bool) -> Source:
     config = common.data_config(argparse.Namespace(**options), model)
     kept = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
     model.pretrained_cfg.update({k: config[k] for k in kept}, num_classes=model.num_classes)
-    exported = path.parent / 'model' / 'config.json'
-    names = json.loads(exported.read_text(encoding='utf-8')).get('label_names') if exported.is_file() else None
+    names = checkpoint.get('label_names')
     epochs = checkpoint['progress']['epoch']
     notes = [f'{epochs} of {options["epochs"]} epochs' + (', moving average of the weights.' if averaged else '.')]
     return Source(model, names if names and len(names) == model.num_classes else None, training_command(options),
@@ -186,39 +192,48 @@ def _read_folder(folder: Path) -> Source:
         return _read_forecaster(folder, model)
     options = {}
     if folder.name == 'model' and (folder.parent / 'args.yaml').is_file():
-        options = common.read_recipe(str(folder.parent / 'args.yaml'))
+        path = str(folder.parent / 'args.yaml')
+        options = training.checked_options(common.read_recipe(path), path)
     notes = []
     if options:
         notes = [f'{options["epochs"]} epochs' + (', moving average of the weights.' if options.get('model_ema')
                                                    else '.')]
-    names = model.pretrained_cfg.get('label_names')
+    common.data_config(argparse.Namespace(img_size=None), model)  # which the card shows
+    names = common.class_names(model)
     notes += [f'{n[0].upper()}{n[1:].rstrip(".")}.' for n in model.pretrained_cfg.get('notes') or ()]
-    return Source(model, list(names) if names else None, training_command(options) if options else None, options, notes)
+    return Source(model, names, training_command(options) if options else None, options, notes)
 
 
 def _read_forecaster(folder: Path, model: torch.nn.Module) -> Source:
     """A TSM2, with what tools/forecast.py knows about its series."""
     path = folder / 'forecaster.json'
-    state = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    info = state.get('info') or {}
+    state = common.read_json(path) if path.is_file() else {}
     notes = []
-    if info.get('training'):
-        notes = ['Trained by `tools/forecast.py fit` with split `{split}`, seed {seed}; best epoch {epoch} by the '
-                 'validation loss.'.format(**info),
-                 'Options: ' + ', '.join(f'{k} {v}' for k, v in info['training'].items()) + '.']
+    try:
+        info = state.get('info') or {}
+        if info.get('training'):
+            notes = ['Trained by `tools/forecast.py fit` with split `{split}`, seed {seed}; best epoch {epoch} by the '
+                     'validation loss.'.format(**info),
+                     'Options: ' + ', '.join(f'{k} {v}' for k, v in info['training'].items()) + '.']
+        columns = state.get('columns')
+        if columns is not None:
+            common.check_names(columns, f'{path}: columns')
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f'{path} is not as tools/forecast.py writes it: {type(e).__name__}: '
+                        f'{common.one_line(e)}') from None
     return Source(model, notes=notes, forecaster=state)
 
 
 def load_folder(folder: Path) -> torch.nn.Module:
     """The model of a folder, in evaluation mode, as users load it."""
     import vim2
+    config = common.read_json(folder / 'config.json')
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         if _is_other_timm(config):
             return common.create_model(f'local-dir:{folder}', pretrained=True).eval()
         with contextlib.redirect_stdout(sys.stderr):  # huggingface_hub prints
             return vim2.hub.load(folder)
-    except (RuntimeError, ValueError, OSError) as e:
+    except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError, AssertionError) as e:
         raise UserError(f'{folder} cannot be loaded: {common.one_line(e)}') from None
 
 
@@ -233,7 +248,8 @@ def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> S
     """The backbone of a detector, segmenter or classifier, as a model without classifier."""
     prefix = 'backbone.net.'
     state = {k[len(prefix):]: v for k, v in checkpoint['state_dict'].items() if k.startswith(prefix)}
-    meta = checkpoint.get('meta') or {}
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
     config = meta.get('cfg')
     name, kwargs = backbone_of(config) if isinstance(config, str) else (None, {})
     if args.model and name and args.model.partition('.')[0] != name:
@@ -251,7 +267,8 @@ def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> S
     common.load_state(model, state, str(path), name)
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('label_names', 'file', 'tag')}
     how = f'The backbone of a model trained with {framework_of(config)}'
-    length = [f'{meta[key]:,} {unit}' for key, unit in (('epoch', 'epochs'), ('iter', 'iterations')) if meta.get(key)]
+    length = [f'{meta[key]:,} {unit}' for key, unit in (('epoch', 'epochs'), ('iter', 'iterations'))
+              if type(meta.get(key)) is int]
     how += f', {length[0]}.' if length else '.'
     notes = [how, 'It has no classifier; the final norm after the last stage was not trained (detectors and segmenters '
              'have norms of their own).']
@@ -262,7 +279,7 @@ def backbone_of(config: str) -> Tuple[Optional[str], Dict[str, Any]]:
     """Name and arguments of the ViM2 in the text of an OpenMMLab configuration; it is parsed, never run."""
     try:
         tree = ast.parse(config)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None, {}
     for node in ast.walk(tree):
         pairs = {}
@@ -274,6 +291,7 @@ def backbone_of(config: str) -> Tuple[Optional[str], Dict[str, Any]]:
         if not (isinstance(kind, ast.Constant) and str(kind.value).rpartition('.')[2] == 'ViM2'):
             continue
         name = pairs['model_name'].value if isinstance(pairs.get('model_name'), ast.Constant) else 'vim2_tiny'
+        name = str(name)
         kwargs = _literal_dict(pairs['model_kwargs']) if 'model_kwargs' in pairs else {}
         channels = pairs.get('in_channels')
         if isinstance(channels, ast.Constant) and channels.value != 3:

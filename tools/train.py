@@ -266,6 +266,12 @@ def read_training_checkpoint(path: str) -> dict:
         previous = Path(path).with_name('previous.pth.tar')
         hint = f'. The checkpoint before it is {previous}' if previous.is_file() and previous.name not in path else ''
         raise UserError(f'{e}{hint}') from None
+    check_training_state(checkpoint, path)
+    return checkpoint
+
+
+def check_training_state(checkpoint: Any, path: str) -> None:
+    """Refuse what is no training state of this tool, or one with fields absent or of another kind."""
     if not isinstance(checkpoint, dict) or 'progress' not in checkpoint or 'args' not in checkpoint:
         raise UserError(f'{path} is no training state of this tool: use --initial-checkpoint to start from its weights')
     if type(checkpoint.get('format')) is not int or checkpoint['format'] != _FORMAT:
@@ -302,7 +308,14 @@ def read_training_checkpoint(path: str) -> dict:
     ):
         if not ok:
             raise UserError(f'{path} is no training state that can be resumed: its field {what} is missing or damaged')
-    return checkpoint
+
+
+def checked_options(options: Dict[str, Any], where: str) -> Dict[str, Any]:
+    """The options of a run as its checkpoint or args.yaml has them, each checked as on the command line."""
+    parser = get_parser()
+    known = {a.dest for a in parser._actions} - {'help'}
+    common.apply_defaults(parser, {k: v for k, v in options.items() if k in known}, where)
+    return vars(parser.parse_args([]))
 
 
 def check_resume(args: argparse.Namespace, checkpoint: dict) -> None:

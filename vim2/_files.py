@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 __all__ = [
-    'Damaged', 'Locked', 'lock_folder', 'read_torch', 'remove_temporaries', 'write', 'write_folder', 'write_text',
+    'Damaged', 'Locked', 'check_torch', 'lock_folder', 'remove_temporaries', 'write', 'write_folder', 'write_text',
     'write_torch']
 
 _LOCK = '.lock'
@@ -79,7 +79,7 @@ def write_text(path: Union[str, os.PathLike], text: str) -> None:
 
 
 def write_torch(path: Union[str, os.PathLike], state: Any) -> None:
-    """Write what `torch.save` writes, see `write`, with a SHA-256 sum that `read_torch` verifies.
+    """Write what `torch.save` writes, see `write`, with a SHA-256 sum that `check_torch` verifies.
 
     The sum is the comment of the zip archive that such a file is, so that `torch.load` reads it as any other.
     """
@@ -105,17 +105,15 @@ def write_torch(path: Union[str, os.PathLike], state: Any) -> None:
     write(path, fill)
 
 
-def read_torch(path: Union[str, os.PathLike]) -> Any:
-    """What `torch.load(path, weights_only=True)` gives, on the CPU, if the file is as it was written.
+def check_torch(path: Union[str, os.PathLike]) -> None:
+    """Verify that a file of `torch.save` is as it was written, which `torch.load` does not.
 
-    Its own sum is verified, or, in a file of `torch.save` alone, those that a zip archive has of its parts. (PyTorch
-    verifies neither.)
+    By its own sum, or, where it has none, by those that a zip archive has of its parts.
 
     Raises:
         Damaged: the sums differ, or the file would unpack to more than is stored.
-        What torch.load raises: no file, truncated, foreign, or with objects that could execute code.
+        OSError: it cannot be read.
     """
-    import torch
     problem = None
     with open(path, 'rb') as f:
         if f.read(2) == b'PK':
@@ -131,7 +129,6 @@ def read_torch(path: Union[str, os.PathLike]) -> Any:
                 problem = _zip_problem(f)
     if problem:
         raise Damaged(problem)
-    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def _sha256(file, length: int) -> bytes:

@@ -42,8 +42,10 @@ from timm.models import clean_state_dict
 from timm.models._hub import get_cache_dir
 from torch import Tensor
 
+from . import _files
+
 __all__ = ['Weights', 'fetch', 'fetch_url', 'fetch_weights', 'list_pretrained', 'manifest', 'read_checkpoint',
-           'read_manifest']
+           'read_manifest', 'read_torch', 'select']
 
 WEIGHTS_DIR = Path(__file__).resolve().parent / 'weights'
 SAFETENSORS, PICKLE = 'model.safetensors', 'pytorch_model.bin'
@@ -398,11 +400,22 @@ def read_checkpoint(path: Union[str, Path], ema: Optional[bool] = None) -> Dict[
     if path.suffix == '.safetensors':
         check_readable(path, path.name)
         return load_file(path)
+    return select(read_torch(path), path, ema)
+
+
+def read_torch(path: Union[str, Path]) -> Any:
+    """What is in a PyTorch file, on the CPU, verified and read with weights_only=True: nothing in it is executed.
+
+    Raises:
+        RuntimeError: corrupt or truncated, or Python objects besides plain data.
+    """
+    path = Path(path)
     if not zipfile.is_zipfile(path):  # the container of torch.save, with its index at the end
         raise RuntimeError(f'{path} is not a readable PyTorch checkpoint (corrupt or truncated; or older than PyTorch '
                            '1.6, then save it again)')
     with torch.serialization.safe_globals(_PLAIN_CLASSES):
         try:
+            _files.check_torch(path)
             code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
             loaded = None if code else torch.load(path, map_location='cpu', weights_only=True)
         except Exception as e:  # zip, pickle and tensor storage have their own
@@ -411,10 +424,10 @@ def read_checkpoint(path: Union[str, Path], ema: Optional[bool] = None) -> Dict[
         raise RuntimeError(
             f'{path} holds Python objects besides tensors ({", ".join(code[:4])}); reading them could execute code, so '
             "it is refused. Where you trust the file, save its weights alone: torch.save({'model': state_dict}, FILE)")
-    return _select(loaded, path, ema)
+    return loaded
 
 
-def _select(loaded: Any, path: Path, ema: Optional[bool]) -> Dict[str, Tensor]:
+def select(loaded: Any, path: Path, ema: Optional[bool]) -> Dict[str, Tensor]:
     """The weights of a training loop's file: the averaged ones or the others."""
     plain, averaged = ([k for k in keys if isinstance(loaded, dict) and isinstance(loaded.get(k), dict)]
                        for keys in (('state_dict', 'model'), ('state_dict_ema', 'model_ema')))
