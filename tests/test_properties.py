@@ -57,12 +57,12 @@ def scans(draw):
     return arguments, layouts, draw(DTYPES), dict(delta_softplus=softplus, reverse=draw(st.booleans()))
 
 
-def outputs(scan, arguments, backend, **kwargs):
-    """The result, and the gradient of every argument."""
+def outputs(scan, arguments, backend, dtype, **kwargs):
+    """The result, and the gradient of every argument for an output gradient that is a number of `dtype`."""
     inputs = {k: v.detach().requires_grad_() for k, v in arguments.items() if v is not None}
     y = scan(**{k: inputs.get(k) for k in arguments}, backend=backend, **kwargs)
     g = torch.Generator().manual_seed(0)
-    grads = torch.autograd.grad(y, list(inputs.values()), torch.randn(y.shape, generator=g, dtype=torch.float64).to(y))
+    grads = torch.autograd.grad(y, list(inputs.values()), torch.randn(y.shape, generator=g).to(dtype).to(y))
     return {'y': y, **{f'gradient of {k}': v for k, v in zip(inputs, grads)}}
 
 
@@ -70,8 +70,8 @@ def compare(scan, arguments, layouts, dtype, **kwargs):
     # what rounding the inputs does is no error of the scan; A, D and the bias stay in float32, as in a model
     low = {k: v if v is None else v.to(torch.float32 if k in ('A', 'D', 'delta_bias') else dtype)
            for k, v in arguments.items()}
-    got = outputs(scan, {k: v if v is None else strided(v, layouts[k]) for k, v in low.items()}, 'cpu', **kwargs)
-    want = outputs(scan, {k: v if v is None else v.double() for k, v in low.items()}, 'reference', **kwargs)
+    got = outputs(scan, {k: v if v is None else strided(v, layouts[k]) for k, v in low.items()}, 'cpu', dtype, **kwargs)
+    want = outputs(scan, {k: v if v is None else v.double() for k, v in low.items()}, 'reference', dtype, **kwargs)
     for name, value in want.items():
         assert got[name].isfinite().all() and got[name].shape == value.shape, name
         assert relative_rmse(got[name], value) < TOLERANCE[dtype], (name, relative_rmse(got[name], value))
@@ -115,7 +115,7 @@ def test_steps_of_zero_and_of_a_thousand(dtype, length):
     A, D = -torch.rand(6, 5, generator=g) - 0.5, torch.randn(6, generator=g)
     for step in (0., 1e3):
         delta = torch.full_like(u, step)
-        result = outputs(selective_scan, dict(u=u, delta=delta, A=A, B=B, C=C, D=D), 'cpu')
+        result = outputs(selective_scan, dict(u=u, delta=delta, A=A, B=B, C=C, D=D), 'cpu', dtype)
         assert all(v.isfinite().all() for v in result.values()), step
         u64, B64, C64 = u.double(), B.double(), C.double()
         want = D.double()[:, None] * u64 + step * u64 * (B64 * C64).sum(1, keepdim=True)

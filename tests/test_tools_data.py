@@ -258,6 +258,7 @@ def test_a_class_map_is_taken_at_its_word(tmp_path, npz_dir):
     (tmp_path / 'map.txt').write_text('gray\nblue\ngreen\nred\n')
     npz = datasets.open_dataset('npz', str(npz_dir), 'test', class_map=str(tmp_path / 'map.txt'))
     assert [npz[i][1] for i in range(4)] == [3, 2, 1, 0]  # npz files have a map too
+    assert npz.targets().tolist() == [npz[i][1] for i in range(50)]
 
 
 @pytest.mark.parametrize('name, text', [

@@ -120,12 +120,11 @@ def test_odd_arrays_of_an_npz(tmp_path, name):
 
 def odd_checkpoints():
     weights = timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4).state_dict()
-    for odd in ODD:
-        yield odd
-        for key in ('state_dict', 'model', 'state_dict_ema', 'label_names'):
+    yield from (None, [], 'x')
+    for odd in (None, [1], {'a': [1]}):
+        for key in ('state_dict', 'model', 'label_names', 'meta'):
             yield {'state_dict': weights, key: odd}
         yield {**weights, 'norm.weight': odd}
-        yield {'state_dict': weights, 'meta': odd}
         yield {'state_dict': {'backbone.net.stem.conv.weight': odd}, 'meta': odd}
         yield {'state_dict': weights, 'progress': odd, 'args': odd, 'arch': odd}
     yield {'state_dict': {**weights, 'norm.weight': weights['norm.weight'] * float('nan')}}
@@ -149,7 +148,7 @@ def test_odd_checkpoints(npz_dir, tmp_path, tool, name):
         assert codes[-1] == 2 or name != 'convert_vmamba'
         if (tmp_path / 'out').exists():
             (tmp_path / 'out').rename(tmp_path / f'out{i}')
-    assert codes.count(2) > len(ODD)
+    assert codes.count(2) > 10
 
 
 @pytest.mark.parametrize('field', ['columns', 'info', 'scaler', 'format', 'freq'])

@@ -383,8 +383,8 @@ def load_weights(model: torch.nn.Module, path: str, name: str, use_ema: bool = T
 def load_state(model: torch.nn.Module, state: Dict[str, torch.Tensor], path: str, name: str) -> None:
     """Load weights into a model; every key and shape must match, and the error names those that do not."""
     own = model.state_dict()
-    if not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f'{path} holds no state dict of tensors')
+    if not all(isinstance(v, torch.Tensor) and v.layout == torch.strided for v in state.values()):
+        raise UserError(f'{path} holds no state dict of (dense) tensors')
     state = upgraded(model, state) or state
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]

@@ -255,6 +255,14 @@ class NpzImages(torch.utils.data.Dataset):
             target = _transformed(self.target_transform, target, self._describe(i))
         return image, target
 
+    def targets(self) -> np.ndarray:
+        """The labels of all images, as `__getitem__` gives them."""
+        labels = self.labels[self.indices]
+        if self.target_transform is None:
+            return labels
+        return np.array([_transformed(self.target_transform, y, self._describe(i))
+                         for i, y in zip(self.indices, labels)])
+
     def filename(self, row: int, basename: bool = False, absolute: bool = False) -> str:
         i = self.indices[row]
         name = str(self.names[i]) if self.names is not None else f'{i:08d}'

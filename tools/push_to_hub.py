@@ -260,6 +260,8 @@ def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> S
     name = name.partition('.')[0]
     kwargs = {**kwargs, **args.model_kwargs, 'num_classes': 0}
     model = common.create_model(name, **kwargs)
+    if not hasattr(model, 'stages'):
+        raise UserError(f'{path} holds the backbone of an OpenMMLab model, which {name} is not: it is no ViM2')
     stages = {k.split('.')[1] for k in state if k.startswith('stages.')}
     if len(stages) < len(model.stages):
         raise UserError(f'{path} holds {len(stages)} of the {len(model.stages)} stages of {name}: its out_indices left '

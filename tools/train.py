@@ -623,7 +623,7 @@ class Trainer:
             self.sampler = data.EpochBatches(len(self.train_data), args.batch_size, args.seed, self.rank,
                                              self.world_size)
             self.train_loader = DeviceBatches(
-                self.train_data.cache, self.train_data.labels[self.train_data.indices], self.sampler, seed=args.seed,
+                self.train_data.cache, self.train_data.targets(), self.sampler, seed=args.seed,
                 size=config['input_size'][-2:], mean=config['mean'], std=config['std'], device=self.device,
                 crop_mode=None if args.no_aug else args.train_crop_mode or 'rrc', padding=args.crop_padding,
                 scale=args.scale or (0.08, 1.), ratio=args.ratio or (3 / 4, 4 / 3),
