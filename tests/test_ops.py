@@ -609,7 +609,7 @@ GOOD = dict(sequence_inputs=[t.float() for t in sequence_inputs(dim=6, length=5,
 @pytest.mark.parametrize('index,bad,message', [
     (0, lambda t: t[0], r'u must be \(batch, channels, length\), got a tensor of shape \(6, 5\)'),
     (0, lambda t: t[:, :, :0], r'u is empty \(shape \(2, 6, 0\)\)'),
-    (0, lambda t: t.int(), r'u must be of a floating dtype, got torch.int32'),
+    (0, lambda t: t.int(), r'u must be of a floating dtype, real and not complex, got torch.int32'),
     (0, lambda t: t.to(torch.complex64), r'u must be of a floating dtype, real and not complex, got torch.complex64'),
     (1, lambda t: t[:, :, 1:], r'delta must have shape \(2, 6, 5\), got \(2, 6, 4\)'),
     (1, lambda t: t.to('meta'), r'u is on cpu and delta on meta'),
