@@ -15,10 +15,13 @@ import timm
 import torch
 from conftest import hub_environment
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from test_hub import unpickled
 from test_vim import published_names as vim_names
 from test_vmamba import published_names as vmamba_names
+from timm.models._hub import save_for_hf
 
+import vim2
 from vim2 import pretrained
 
 RELEASE = '/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_test_ckpt_epoch_264.pth'
@@ -269,6 +272,20 @@ def test_every_published_name():
         else:
             assert cfg.hf_hub_id.startswith('hustvl/Vim-') and cfg.hf_hub_filename == w.file == ema.hf_hub_filename
         assert name in timm.list_models(pretrained=True)
+
+
+def test_hub_load(hub, tmp_path, monkeypatch):
+    """`vim2.hub.load`: the published names go the same way; a folder of a model of any family is one."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match='vssm_tiny_0230_ckpt_epoch_262.pth is not in the cache'):
+        vim2.hub.load('vmamba_tiny_s2l5.in1k')
+    with pytest.raises(LocalEntryNotFoundError):
+        vim2.hub.load('vim_tiny_patch16_224.in1k')
+    for name in ('test_vmamba', 'test_vim'):
+        model = timm.create_model(name, num_classes=4).eval()
+        save_for_hf(model, str(tmp_path / name), safe_serialization=True)
+        assert same(vim2.hub.load(tmp_path / name), model)
 
 
 def test_table_of_models(root):

@@ -240,8 +240,10 @@ def load_folder(folder: Path) -> torch.nn.Module:
 def _is_other_timm(config: dict) -> bool:
     """A model of timm's own, which tools/train.py trains as well."""
     import timm
+
+    from vim2.models import model_names
     name = config.get('architecture', '') if isinstance(config, dict) else ''
-    return timm.is_model(name) and name not in timm.list_models(module='vim2')
+    return timm.is_model(name) and name not in model_names()
 
 
 def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> Source:
@@ -525,8 +527,8 @@ def _facts(args: argparse.Namespace, source: Source) -> List[Tuple[str, str]]:
 
 
 def _is_ours(architecture: str) -> bool:
-    import timm
-    return architecture == 'tsm2' or architecture in timm.list_models(module='vim2')
+    from vim2.models import model_names
+    return architecture == 'tsm2' or architecture in model_names()
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Models from the Hugging Face Hub or from a folder, of whichever family they are.
 
-`load` looks at config.json and gives a ViM2 (which `timm.create_model('hf-hub:ORG/NAME')` gives as well) or a TSM2
-(`TSM2.from_pretrained('ORG/NAME')`). Weights are checked before they are read: vim2/pretrained.py.
+`load` looks at config.json and gives a ViM2, VMamba or Vim (which `timm.create_model('hf-hub:ORG/NAME')` gives as well)
+or a TSM2 (`TSM2.from_pretrained('ORG/NAME')`). Weights are checked before they are read: vim2/pretrained.py.
 """
 import json
 import os
@@ -14,6 +14,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from . import pretrained
+from .models import model_names
 
 __all__ = ['load']
 
@@ -52,10 +53,10 @@ def load(
             if revision:
                 raise ValueError(f'{name} is a published entry with a revision of its own, got revision={revision!r}')
             entry = pretrained.manifest()[name]
-            if entry.path is None:
+            if entry.path is None and entry.pinned:
                 name, revision = entry.repo, entry.revision
             elif timm.is_model(entry.architecture):
-                return timm.create_model(name, pretrained=True, **kwargs).eval()
+                return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **kwargs).eval()
             else:
                 return _load_folder(entry.path.parent, **kwargs)
         if os.path.isdir(name):
@@ -105,7 +106,7 @@ def _read_config(path: Path, where: str) -> Tuple[str, Dict[str, Any]]:
         raise RuntimeError(f'{where}: {CONFIG} must hold an object, it holds a {type(config).__name__}')
     if 'architecture' in config:
         architecture = config['architecture']
-        ours = timm.list_models(module='vim2')
+        ours = model_names()
         if architecture in ours:
             return 'vim2', config
         if isinstance(architecture, str) and timm.is_model(architecture):

@@ -46,7 +46,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import vim2
 from vim2.layers import upgrade_state_dict
-from vim2.models import Vim, VisionMambaMixer, VMamba
+from vim2.models import Vim, VisionMambaMixer, VMamba, model_names
 from vim2.models.loading import key_problems
 from vim2.models.vmamba import is_vmamba, rename_vmamba
 
@@ -134,7 +134,7 @@ class MambaBackbone(BaseModule):
         return net.blocks if isinstance(net, Vim) else net.stages
 
     def _create(self, name: str, **kwargs: Any) -> nn.Module:
-        names = _model_names()
+        names = model_names()
         base = name.partition('.')[0]
         if ':' not in name and base not in names:
             close = difflib.get_close_matches(base, names, n=3) or names
@@ -170,7 +170,7 @@ class MambaBackbone(BaseModule):
         """All weights of `net`, from what `init_cfg` names. Raises RuntimeError that names keys that do not match."""
         if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
             loaded = self._create(source, pretrained=True)
-        elif source.partition('.')[0] in _model_names() and not os.path.exists(source):
+        elif source.partition('.')[0] in model_names() and not os.path.exists(source):
             loaded = self._create(source, pretrained=True)
         else:
             overlay = dict(url=source) if source.startswith(('http://', 'https://')) else dict(file=source)
@@ -224,10 +224,6 @@ class MambaBackbone(BaseModule):
 
 
 ViM2 = MambaBackbone
-
-
-def _model_names() -> List[str]:
-    return [name for family in ('vim2', 'vmamba', 'vim') for name in timm.list_models(module=family)]
 
 
 def _rename_published(
