@@ -24,6 +24,7 @@ from timm.models._hub import save_for_hf
 
 import vim2
 from vim2 import pretrained
+from vim2.layers import upgrade_state_dict
 from vim2.models import TSM2
 
 NAME = 'test_vim2'
@@ -595,7 +596,7 @@ def test_bundled_forecaster(tmp_path, monkeypatch):
     folder = pretrained.WEIGHTS_DIR / name
     model = vim2.hub.load(name)
     assert isinstance(model, TSM2) and not model.training and model.horizon == 96
-    weights = load_file(folder / 'model.safetensors')
+    weights = upgrade_state_dict(load_file(folder / 'model.safetensors'))
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     shutil.copytree(folder, tmp_path / name)
     monkeypatch.setattr(pretrained, 'WEIGHTS_DIR', tmp_path)
