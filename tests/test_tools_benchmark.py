@@ -55,6 +55,27 @@ def test_scaling(tool, tmp_path):
     assert '64 px' in result.out and '96 px' in result.out and path.read_bytes().startswith(b'\x89PNG')
 
 
+def test_versus(tool, monkeypatch, root):
+    monkeypatch.setattr(benchmark, 'STAGES', [('small', 32, 5)])
+    monkeypatch.setattr(benchmark.Side, 'memory', lambda side, job: 5.0)  # test_memory_prints_without_json measures it
+    result = tool('benchmark', 'versus', root, '--model', 'test_vim2', '--batch', 1, '--states', 4, '--repeats', 2,
+                  '--json')
+    assert result.code == 0, result.err
+    forward, train, *scans = json.loads(result.out)['results']
+    assert (forward['train'], train['train']) == (False, True)
+    assert [(s['channels'], s['backward']) for s in scans] == [(32, False), (32, True)]
+    for r in (forward, train, *scans):
+        assert r['wall_time_ratio'] > 0 and r['cpu_ms_here'] > 0 and r['cpu_ms_there'] > 0
+    assert train['peak_mb_here'] == train['peak_mb_there'] == 5
+
+
+def test_versus_of_what_is_no_checkout(tool, tmp_path):
+    (tmp_path / 'vim2').mkdir()
+    (tmp_path / 'vim2' / '__init__.py').write_text("raise RuntimeError('broken')")
+    result = tool('benchmark', 'versus', tmp_path, '--repeats', 1)
+    assert result.code == 2 and 'did not run' in result.err
+
+
 @pytest.mark.parametrize('arguments, message', [
     (('model', 'no_such_model'), 'no_such_model'), (('scan', '--repeats', 0), '--repeats must be at least 1')])
 def test_mistakes(tool, arguments, message):

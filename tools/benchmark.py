@@ -6,9 +6,11 @@
     python tools/benchmark.py parts NAME            where the time of a forward pass and a training step goes
     python tools/benchmark.py scaling NAME [...]    time and memory per pixel from 224 to 1024 px
     python tools/benchmark.py import                what `import vim2` costs over `import timm`
+    python tools/benchmark.py versus CHECKOUT       the scan and a model here and in another checkout of this repository
 
 Whatever is compared is run in turn, A B C A B C ..., and every ratio is the median of the rounds' own ratios, so that a
-machine whose speed drifts does not favour one side. Times are wall-clock; --json prints all figures on one line.
+machine whose speed drifts does not favour one side. Times are those of a clock on the wall (`versus`: also of the CPU);
+--json prints all figures on one line.
 """
 import argparse
 import json
@@ -197,6 +199,10 @@ def eval_step(model: torch.nn.Module, batch: int, size: int) -> Callable[[], Non
     return step
 
 
+# What glibc's allocator keeps for itself else changes from run to run, by a tenth of a model's memory.
+MEMORY_IS_RETURNED = {'MALLOC_MMAP_THRESHOLD_': '131072'}
+
+
 def peak_bytes() -> int:
     """Most memory this process has held, in bytes."""
     if os.path.exists('/proc/self/status'):
@@ -227,7 +233,7 @@ def memory_of(name: str, batch: int, size: int, train: bool) -> float:
     """MB that a forward pass or a training step takes, measured in a fresh process."""
     command = [sys.executable, os.path.abspath(__file__), 'memory', name, '--batch-size', str(batch), '--img-size',
                str(size), '--json', '--threads', str(torch.get_num_threads())] + (['--train'] if train else [])
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MEMORY_IS_RETURNED})
     if done.returncode:
         raise UserError(f'measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1:]}')
     return json.loads(done.stdout)['peak_mb']
@@ -376,9 +382,110 @@ def bench_import(args: argparse.Namespace) -> Dict[str, object]:
     return dict(benchmark='import', **result)
 
 
+# ---------------------------------------------------------------------------------------------------- versus
+
+def serve(args: argparse.Namespace) -> None:
+    """What `versus` talks to, a line of JSON each way: a job to prepare, then numbers of times to run it."""
+    from vim2.ops import cross_selective_scan
+    step = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if isinstance(request, int):
+            start = time.perf_counter(), time.process_time()
+            for _ in range(request):
+                step()
+            answer = dict(wall=time.perf_counter() - start[0], cpu=time.process_time() - start[1])
+        elif 'model' in request:
+            model = build(request['model'], request['train'])
+            make = train_step if request['train'] else eval_step
+            step = make(model, request['batch'], image_size(model))
+            answer = {}
+        else:
+            inputs = scan_inputs(*(request[key] for key in ('batch', 'channels', 'side', 'states')))
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            out = cross_selective_scan(*leaves, True)
+            grad = torch.randn_like(out)
+
+            def step(inputs=inputs, leaves=leaves, out=out, grad=grad, backward=request['backward']):
+                if backward:
+                    torch.autograd.grad(out, leaves, grad, retain_graph=True)
+                else:
+                    with torch.no_grad():
+                        cross_selective_scan(*inputs, True)
+            answer = {}
+        print(json.dumps(answer), flush=True)
+
+
+class Side:
+    """A process that imports vim2 from one checkout."""
+
+    def __init__(self, python: str, checkout: str, threads: int):
+        self.command = [python, os.path.abspath(__file__)]
+        self.environment = dict(os.environ, PYTHONPATH=checkout, OMP_NUM_THREADS=str(threads))
+        self.threads = ['--threads', str(threads)]
+        self.process = subprocess.Popen([*self.command, 'serve', *self.threads], text=True, env=self.environment,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, request: object) -> Dict[str, float]:
+        try:
+            self.process.stdin.write(json.dumps(request) + '\n')
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise UserError(f"vim2 of {self.environment['PYTHONPATH']} did not run: its error is above") from None
+
+    def memory(self, job: Dict[str, object]) -> float:
+        command = [*self.command, 'memory', job['model'], '--batch-size', str(job['batch']), '--json', *self.threads]
+        done = subprocess.run(command + ['--train'] * job['train'], text=True, capture_output=True, check=True,
+                              env={**self.environment, **MEMORY_IS_RETURNED})
+        return json.loads(done.stdout)['peak_mb']
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+
+def bench_versus(args: argparse.Namespace) -> Dict[str, object]:
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    threads = args.threads or torch.get_num_threads()
+    jobs = [dict(model=args.model, batch=batch, train=train) for batch in args.batch for train in (False, True)]
+    jobs += [dict(batch=batch, channels=dim, side=side, states=states, backward=backward)
+             for states in args.states for batch in args.batch for _, dim, side in STAGES for backward in (False, True)]
+    sides = [Side(python, os.path.abspath(checkout), threads)
+             for python, checkout in ((args.python, args.checkout), (sys.executable, here))]
+    results = []
+    try:
+        for job in jobs:
+            for side in sides:
+                side.ask(job)
+                side.ask(2)  # warm
+            count = max(1, int(0.2 / sides[1].ask(1)['wall']))
+            rounds = [[side.ask(count) for side in sides] for _ in range(args.repeats)]
+            r = dict(job)
+            for clock in ('cpu', 'wall'):
+                old, new = ([1e3 * answers[i][clock] / count for answers in rounds] for i in (0, 1))
+                r.update({f'{clock}_ms_there': statistics.median(old), f'{clock}_ms_here': statistics.median(new),
+                          f'{clock}_time_ratio': ratio(new, old)})
+            if 'model' in job and not args.no_memory:
+                r['peak_mb_there'], r['peak_mb_here'] = (side.memory(job) for side in sides)
+            results.append(r)
+            if not args.json:
+                what = (f"{'training step' if job['train'] else 'forward'} of {job['model']}" if 'model' in job else
+                        f"{'backward' if job['backward'] else 'forward'} of the scan, {job['channels']} x "
+                        f"{job['side']}x{job['side']}, N={job['states']}")
+                memory = f"; {r['peak_mb_there']:.0f} -> {r['peak_mb_here']:.0f} MB" if 'peak_mb_here' in r else ''
+                times = [f"{r[f'{clock}_ms_there']:.2f} -> {r[f'{clock}_ms_here']:.2f} ms ({clock}), "
+                         f"{r[f'{clock}_time_ratio']:.3f}" for clock in ('cpu', 'wall')]
+                print(f"batch {job['batch']}: {what}: {'; '.join(times)}{memory}", flush=True)
+    finally:
+        for side in sides:
+            side.close()
+    return dict(benchmark='versus', checkout=args.checkout, results=results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='scan|model|parts|scaling|import')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='scan|model|parts|scaling|import|versus')
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--json', action='store_true', help='print one line of JSON instead of a table')
     common.add_argument('--threads', type=int, metavar='N', help="torch's threads (default: torch's own choice)")
@@ -415,6 +522,14 @@ def main() -> None:
     p.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768, 1024], metavar='PX', help='image sides')
     p.add_argument('--plot', metavar='FILE.png', help='draw the curves')
     command('import', bench_import, 'seconds that `import vim2` adds to `import timm`, and of the first forward pass')
+    p = command('versus', bench_versus, 'a model and the scan in this checkout against those of another one')
+    p.add_argument('checkout', help='folder of the other checkout')
+    p.add_argument('--python', default=sys.executable, help='what runs it, where it needs other packages')
+    p.add_argument('--model', default='vim2_tiny', metavar='NAME', help='timm model')
+    p.add_argument('--batch', type=int, nargs='+', default=[1, 8], metavar='N', help='batch sizes')
+    p.add_argument('--states', type=int, nargs='*', default=[16, 4], metavar='N', help='states of the scans')
+    p.add_argument('--no-memory', action='store_true', help='skip the memory measurements')
+    commands.add_parser('serve', parents=[common]).set_defaults(fn=serve)  # versus starts it
     p = command('memory', measure_memory, 'peak memory of one step, in MB, of this very process')
     model_options(p)
     p.add_argument('--train', action='store_true', help='a training step')
@@ -425,7 +540,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     result = args.fn(args)
-    if args.json:
+    if args.json and result:
         print_json({**result, 'machine': machine()} if args.command != 'memory' else result)
 
 
