@@ -1,9 +1,12 @@
 """tools/_device.py: batches that are made on the device, and steps replayed as CUDA graphs."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 import _common as common
+import train
 from _data import EpochBatches
 from _device import DeviceBatches, GraphedStep
 
@@ -108,6 +111,53 @@ def test_graphed_step_is_the_step():
         for p, g in zip(model.parameters(), grads):
             torch.testing.assert_close(p.grad, g)
         optimizer.step()
+
+
+class EagerGraph(GraphedStep):
+    """Without a GPU: what would be replayed is computed at every call, gradients in place as in a graph."""
+
+    def _capture(self, images, target):
+        images, target, step = images.clone(), target.clone(), self
+        self._step(self.model, images, target)
+        self.grads = [(p, p.grad) for group in self.optimizer.param_groups for p in group['params']]
+
+        class Graph:
+            def replay(self):
+                loss.copy_(step._step(step.model, images, target))
+        loss = torch.zeros(())
+        return Graph(), images, target, loss
+
+
+def test_gradients_are_where_the_optimizer_looks(npz_dir, tmp_path, tool, monkeypatch):
+    """Across epochs too: set to None between them, every later step would have changed nothing."""
+    states = []
+    for graphed in (False, True):
+        if graphed:
+            wrap = train.Trainer.wrap_model
+
+            def wrapped(self, wrap=wrap):
+                wrap(self)
+                self.graph = EagerGraph(self.model, self.criterion, self.autocast, self.optimizer, size=(32, 32))
+            monkeypatch.setattr(train.Trainer, 'wrap_model', wrapped)
+        result = tool('train', '--dataset', 'npz', '--data-dir', npz_dir, '--val-split', 'test', '--output', tmp_path,
+                      '--experiment', str(graphed), '--model', 'test_vit', '--model-kwargs', 'img_size=32',
+                      'patch_size=8', '--img-size', 32, '-b', 16, '--device', 'cpu', '--workers', 0, '--epochs', 3,
+                      '--train-crop-mode', 'pad', '--data-on-device', '--clip-grad', 1)
+        assert result.code == 0, result.err
+        states.append(torch.load(tmp_path / str(graphed) / 'last.pth.tar', weights_only=True)['state_dict'])
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name])
+
+
+def test_replaced_gradients_are_an_error():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = EagerGraph(model, torch.nn.CrossEntropyLoss(), contextlib.nullcontext, optimizer)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    step(x, y)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match='the optimizer would not see them'):
+        step(x, y)
 
 
 def test_training_on_the_device_ends_by_the_clock(npz_dir, tmp_path, tool):

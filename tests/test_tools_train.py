@@ -116,12 +116,12 @@ def test_layer_decay_logs_the_top_rate(npz_dir, tmp_path, tool):
 
 
 def test_train_sizes(npz_dir, tmp_path, tool, monkeypatch):
-    sizes = set()
+    sizes = []
     forward = timm.models.vision_transformer.VisionTransformer.forward
 
     def watched(self, x):
         if self.training:
-            sizes.add(tuple(x.shape[-2:]))
+            sizes.append(tuple(x.shape[-2:]))
         return forward(self, x)
 
     monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, 'forward', watched)
@@ -129,7 +129,12 @@ def test_train_sizes(npz_dir, tmp_path, tool, monkeypatch):
              '--img-size', '32')
     result = tool('train', *options(npz_dir, tmp_path, '--epochs', 2, '--train-sizes', 24, 32, 48, model=model))
     assert result.code == 0, result.err
-    assert sizes == {(24, 24), (32, 32), (48, 48)}
+    assert set(sizes) == {(24, 24), (32, 32), (48, 48)} and sizes != sorted(sizes)
+    sizes.clear()
+    result = tool('train', *options(npz_dir, tmp_path / 'growing', '--epochs', 2, '--train-sizes', 24, 32, 32, 48,
+                                    '--train-sizes-order', 'growing', model=model))
+    assert result.code == 0, result.err
+    assert sizes == sorted(sizes) and [sizes.count((n, n)) for n in (24, 32, 48)] == [5, 10, 5]
 
 
 def test_checkpoints_load_with_timm(trained):

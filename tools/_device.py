@@ -95,7 +95,7 @@ class DeviceBatches:
 class GraphedStep:
     """Forward and backward of one batch as a CUDA graph for each shape: one launch instead of thousands.
 
-    The gradients stay where they are, so the optimizer must not set them to None.
+    The gradients stay where they are: nothing may set them to None in between (`zero_grad(set_to_none=False)`).
 
     Args:
         model: in training mode whenever this is called.
@@ -119,6 +119,9 @@ class GraphedStep:
         if key not in self.graphs:
             self.graphs[key] = self._capture(images, target)
         graph, static_images, static_target, loss = self.graphs[key]
+        if any(p.grad is not grad for p, grad in self.grads):
+            raise RuntimeError('the gradients that the CUDA graph writes were replaced: '
+                               'the optimizer would not see them')
         static_images.copy_(images)
         static_target.copy_(target)
         graph.replay()
@@ -136,6 +139,7 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss = self._step(model, images, target)
+        self.grads = [(p, p.grad) for group in self.optimizer.param_groups for p in group['params']]
         return graph, images, target, loss
 
     def _step(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:

@@ -137,6 +137,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--train-sizes', type=int, nargs='+', metavar='PX',
                    help='each training batch at one of these sizes, drawn at random, resized on the device from '
                         '--img-size: weights that hold at all of them')
+    g.add_argument('--train-sizes-order', default='random', choices=('random', 'growing'),
+                   help='growing: one after the other in the course of the schedule, small and fast ones first')
     g.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
     g.add_argument('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
     g.add_argument('--color-jitter', type=float, metavar='X', help='color jitter; timm skips it where --aa is on')
@@ -817,9 +819,11 @@ class Trainer:
         if p.epoch >= self.epochs:
             self.log(f'nothing to do: the run has its {self.epochs} epochs')
         self.started, self.seconds_before, self.before_first_update = time.monotonic(), p.train_seconds, None
-        while p.epoch < self.epochs and self.spent() < 1:
+        ended = p.epoch >= self.epochs
+        while not ended:
             train = self.train_epoch()
-            self.finish_epoch(train)
+            ended = p.epoch + 1 >= self.epochs or self.spent() >= 1
+            self.finish_epoch(train, ended)
         if self.primary:
             self.take_best()
             folder = self.run.export(self.model, self.label_names, self.label_descriptions)
@@ -865,7 +869,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=self.scheduled_updates())
         self.train_model.train()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.graph is None)
         last_group = self.batches - (self.batches % accum or accum)
         loss_dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         loss_sum = torch.tensor(p.loss_sum, dtype=loss_dtype, device=self.device)
@@ -885,7 +889,7 @@ class Trainer:
                 if self.mixup is not None:
                     images, target = self.mixup(images, target)
                 if args.train_sizes:
-                    images = resize(images, random.choice(args.train_sizes))
+                    images = resize(images, self.train_size())
                 images = images.contiguous(memory_format=self.memory_format)
                 sync = nullcontext() if need_update or not self.distributed else self.train_model.no_sync()
                 if self.graph is not None:
@@ -965,6 +969,14 @@ class Trainer:
         if need_update:
             self.update()
 
+    def train_size(self) -> int:
+        """The size of the next batch, see --train-sizes-order."""
+        sizes = self.args.train_sizes
+        if self.args.train_sizes_order == 'random':
+            return random.choice(sizes)
+        at = self.scheduled_updates() * len(sizes) // (self.epochs * self.updates_per_epoch)
+        return sizes[min(at, len(sizes) - 1)]
+
     def update(self) -> None:
         if self.args.clip_grad is not None:
             dispatch_clip_grad(self.parameters, value=self.args.clip_grad, mode=self.args.clip_mode)
@@ -1033,12 +1045,11 @@ class Trainer:
             memory_format=self.memory_format, progress=self.primary and not self.args.no_progress,
             desc=f'evaluate {epoch}', each_batch=self.check_stop)
 
-    def finish_epoch(self, train: Dict[str, float]) -> None:
+    def finish_epoch(self, train: Dict[str, float], ended: bool) -> None:
         """Evaluate, write the summary, step the schedule, save."""
         args, p = self.args, self.progress
         epoch, best, line, row = p.epoch, False, '', {}
         lr = self.top_rate()
-        ended = epoch + 1 == self.epochs or self.spent() >= 1
         if args.val_interval and ((epoch + 1) % args.val_interval == 0 or ended):
             found = {'weights': self.evaluate(self.model, epoch)}
             if self.ema is not None:
