@@ -32,7 +32,7 @@ IMAGENET_MODELS = ['vim2_base', 'vim2_mlp_tiny', 'vim2_small', 'vim2_tiny']
 NANO = 'vim2_nano_patch2_32'
 MICRO = 'vim2_micro_patch4_64'
 SIZE = 64  # of inputs where the size is not the point
-WITHOUT_WEIGHTS = [n for n in MODELS if n != NANO]
+WITHOUT_WEIGHTS = [n for n in MODELS if n not in (MICRO, NANO)]
 
 every_model = pytest.mark.parametrize('name', MODELS)
 
@@ -61,7 +61,7 @@ def num_params(name):
 def test_registered():
     assert MODELS == sorted(['test_vim2', *IMAGENET_MODELS, MICRO, NANO])
     assert timm.list_models(module='vim2') == MODELS
-    assert timm.list_models('*vim2*', pretrained=True) == [f'{NANO}.cifar10']
+    assert timm.list_models('*vim2*', pretrained=True) == [f'{MICRO}.tiny_imagenet', f'{NANO}.cifar10']
     assert re.fullmatch(r'\d+\.\d+\.\d+\S*', vim2.__version__)
 
 
@@ -599,15 +599,20 @@ def test_pretrained_says_that_no_weights_are_published(name, kwargs):
         assert what in str(error.value)
 
 
-def test_bundled_weights():
-    model = timm.create_model(f'{NANO}.cifar10', pretrained=True).eval()
-    again = timm.create_model(NANO, pretrained=True).eval()
+@pytest.mark.parametrize('name, tag, classes, first, shown, size', [
+    (NANO, 'cifar10', 10, 'airplane', None, 32),
+    (MICRO, 'tiny_imagenet', 200, 'n01443537', 'goldfish, Carassius auratus', 64)])
+def test_bundled_weights(name, tag, classes, first, shown, size):
+    model = timm.create_model(f'{name}.{tag}', pretrained=True).eval()
+    again = timm.create_model(name, pretrained=True).eval()
     weights = upgrade_state_dict(load_file(model.pretrained_cfg['file']))
     for (n, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert torch.equal(a, b) and torch.equal(a, weights[n].to(a.dtype))
-    assert model.num_classes == 10
-    assert model.pretrained_cfg['label_names'][0] == 'airplane' and len(model.pretrained_cfg['label_names']) == 10
-    assert resolve_data_config(model=model)['input_size'] == (3, 32, 32)
+    assert model.num_classes == classes
+    names = model.pretrained_cfg['label_names']
+    assert names[0] == first and len(names) == classes
+    assert shown is None or model.pretrained_cfg['label_descriptions'][first] == shown
+    assert resolve_data_config(model=model)['input_size'] == (3, size, size)
     with torch.no_grad():
         assert model(images(model)).isfinite().all()
 

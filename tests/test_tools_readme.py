@@ -14,7 +14,6 @@ from conftest import tool_environment
 
 from _common import register_models
 
-LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
 def blocks(root, language):
@@ -69,9 +68,10 @@ def test_demo(root, tool, tmp_path):
     result = tool('predict', *arguments, '--json')
     assert result.code == 0, result.err
     report = json.loads(result.out)
-    assert report['model'] == 'vim2_nano_patch2_32.cifar10' and len(report['results']) == 1
+    assert report['model'] == 'vim2_micro_patch4_64.tiny_imagenet' and len(report['results']) == 1
     predictions = report['results'][0]['predictions']
-    assert len(predictions) == 5 and {p['label'] for p in predictions} < set(LABELS)
+    assert len(predictions) == 5 and 'cat' in predictions[0]['label']  # a real photograph of a cat
+    assert predictions[0]['probability'] > 0.3
     assert (tmp_path / 'chelsea.png').stat().st_size > 10_000
     table = tool('predict', *arguments)
     assert table.code == 0 and all(p['label'] in table.out for p in predictions)

@@ -111,7 +111,7 @@ def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of tools that run a trained model."""
     g = parser.add_argument_group('model')
-    g.add_argument('-m', '--model', default='vim2_nano_patch2_32.cifar10', metavar='NAME',
+    g.add_argument('-m', '--model', default='vim2_micro_patch4_64.tiny_imagenet', metavar='NAME',
                    help='timm model name, with pretrained tag where it has one; hf-hub:USER/NAME or local-dir:PATH')
     g.add_argument('--checkpoint', metavar='FILE',
                    help='weights (.safetensors, .pth, .pth.tar) instead of the pretrained ones')
