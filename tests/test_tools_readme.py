@@ -21,7 +21,7 @@ def blocks(root, language):
 
 
 @pytest.mark.parametrize('number, expected', [
-    (0, r'\A(\S+ +\d+\.\d%\n){5}\Z'),  # five labels with probabilities
+    (0, r'\A\w+ cat +\d+\.\d%\n(\S.* +\d+\.\d%\n){4}\Z'),  # five labels with probabilities
     (1, r'\A96 4 .*64, 48\)\n192 8 .*\n384 16 .*\n768 32 .*8, 6\)\n\Z'),  # four maps
     (2, r'\A\Z'),
 ], ids=['classify', 'backbone', 'scan'])
