@@ -1,8 +1,8 @@
 """The compiled modules of mamba_ssm and VMamba, which some code calls without the Python around them.
 
-`selective_scan_cuda` (mamba_ssm), `selective_scan_cuda_core`, `selective_scan_cuda_oflex` (VMamba) and
-`causal_conv1d_cuda`: `fwd` and `bwd` of an autograd.Function. What a forward hands to the backward ("x") holds only the
-last state here, where their readers look for it; the backward computes the rest again.
+`selective_scan_cuda` (mamba_ssm), `selective_scan_cuda_core` and `selective_scan_cuda_oflex` (VMamba): `fwd` and `bwd`
+of an autograd.Function. What a forward hands to the backward ("x") holds only the last state here, where their readers
+look for it; the backward computes the rest again.
 """
 from typing import List, Optional, Tuple
 
