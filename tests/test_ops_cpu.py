@@ -132,7 +132,9 @@ CASES = ('test_sequence[100-4-all]', 'test_sequence[1000-1-reverse]', 'test_sequ
 def test_other_instruction_sets(root, isa):
     environment = dict(os.environ, VIM2_SCAN_ISA=isa, VIM2_SCAN_BACKEND='cpu', PYTHONPATH=str(root))
     cases = [f'tests/test_ops.py::{case}' for case in CASES]
-    here = ['test_chunk_borders[14-14-True]', 'test_steps_along_memory[False-33]', 'test_steps_along_memory[True-70]']
+    here = ['test_chunk_borders[14-14-True]', 'test_steps_along_memory[False-33]', 'test_steps_along_memory[True-70]',
+            'test_step_sizes_of_a_few_images_at_a_time[map-dtype0]',
+            'test_step_sizes_of_a_few_images_at_a_time[sequence-dtype1]']
     cases += [f'tests/test_ops_cpu.py::{case}' for case in here]
     script = ('import sys, pytest; from vim2.ops import cpu; assert sys.argv[1] in cpu._library()._name; '
               "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[2:]]))")

@@ -34,7 +34,7 @@ _TENSORS = dict(
     grad_B='pbkgnhw', grad_C='pbkgnhw', grad_D='bke', grad_bias='bke')
 _AXES = list(_TENSORS.values())
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SAVED, _HEADER, _PATHS, _FIELDS = 12, 18, 11, 9  # the place of an address; fields before the paths; paths; of a tensor
+_SAVED, _HEADER, _PATHS, _FIELDS = 12, 19, 11, 9  # the place of an address; fields before the paths; paths; of a tensor
 
 
 # ---- the library ----------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _plan(backward: bool, geometry: tuple, directions: Tuple[int, ...], softplus
         path = paths.setdefault((step['h'], step['w']), len(paths)) if 'h' in step else 0
         tensors += [0, _DTYPES[dtype], path, *(step.get(axis, 0) for axis in 'pbkgen')]
     header = [0, images, len(directions), dim, geometry[2][1][2], height, width, groups, groups_b, groups_c, parts,
-              int(softplus), 0, *directions, *[0] * (4 - len(directions)), len(paths)]
+              int(softplus), 0, 0, *directions, *[0] * (4 - len(directions)), len(paths)]
     steps = [step for path in paths for step in path]
     fields = array('q', header + steps + [0] * (2 * _PATHS - len(steps)) + tensors)
     return _Plan(fields, images * parts, max(1, min(threads, images * parts)))
@@ -190,7 +190,8 @@ def _run(name: str, tensors: Sequence[Optional[Tensor]], saved: Optional[Tensor]
         if t is not None:
             fields[at] = t.data_ptr()
         at += _FIELDS
-    fields[_SAVED] = 0 if saved is None else saved.data_ptr()
+    if saved is not None:  # (images, n)
+        fields[_SAVED], fields[_SAVED + 1] = saved.data_ptr(), saved.shape[1]
     entry, address = _entry(name), fields.buffer_info()[0]
     if plan.workers == 1:
         entry(address)

@@ -30,6 +30,7 @@ struct Tensor {  // a view; strides in bytes, 0 along an axis that the tensor la
 struct Scan {
     i64 next_job, images, directions, channels, states, height, width, groups, groups_b, groups_c, parts, softplus;
     float *saved;          // states at the chunks' borders, or null
+    i64 saved_image;       // floats of an image there: what narrower registers than 16 lanes leave over is between images
     i64 order[4];          // of each direction: 0 row-major, 1 column-major, 2 and 3 their reverses
     i64 paths;             // ways to lay out positions
     i64 step[PATHS][2];    // bytes from row to row and from column to column
@@ -59,6 +60,11 @@ struct Job {
         last = first + cut.part_blocks < cut.blocks ? first + cut.part_blocks : cut.blocks;
     }
 };
+
+// A block's states at the start of a chunk, a vector each
+static float *saved_states(const Scan &p, const Cut &cut, i64 image, int k, i64 chunk, i64 block) {
+    return p.saved + image * p.saved_image + LANES * p.states * ((k * cut.chunks + chunk) * cut.blocks + block);
+}
 
 static i64 take_job(Scan &p) { return __atomic_fetch_add(&p.next_job, 1, __ATOMIC_RELAXED); }
 
@@ -329,10 +335,7 @@ extern "C" EXPORT void vim2_scan_forward(Scan *scan) {
                         read_rows(p.B, job.image, group * p.groups_b / p.groups, *chunk, states, rows_b);
                         read_rows(p.C, job.image, group * p.groups_c / p.groups, *chunk, states, rows_c);
                     }
-                    if (p.saved) {
-                        const i64 slot = ((job.image * p.directions + k) * cut.chunks + index) * cut.blocks + block;
-                        memcpy(p.saved + LANES * states * slot, state, sizeof(vf) * states);
-                    }
+                    if (p.saved) memcpy(saved_states(p, cut, job.image, k, index, block), state, sizeof(vf) * states);
                     Ahead<3> ahead({&p.u, &p.delta, &p.out}, cut, job, *chunk, block, next_job, *next, channels);
                     const View u = here.read(p.u, job.image, *chunk, s.gathered[0]);
                     const View delta = here.read(p.delta, job.image, *chunk, s.gathered[1]);
@@ -544,12 +547,12 @@ extern "C" EXPORT void vim2_scan_backward(Scan *scan) {
                         grad_y = prepare_gate(steps, u, grad_y, here.read(p.z, job.image, *chunk, s.gathered[5]), skip, s);
                     sum_d[i] += prepare_backward(p, *chunk, u, delta, grad_y, grad_u, grad_delta,
                                                  here.parameter(p.bias, k), s);
-                    const i64 slot = ((job.image * p.directions + k) * cut.chunks + index) * cut.blocks + block;
+                    const float *saved = saved_states(p, cut, job.image, k, index, block);
                     for (int n = 0, j = 0; n < states; j++) {
                         const int count = n + 4 <= states ? 4 : 1;
                         (count == 4 ? adjoint<4> : adjoint<1>)(
                             ahead, gated, steps, states, s, rows_b + n, rows_c + n,
-                            decay + at + n, p.saved + LANES * (slot * states + n), carry + at + n, sum_a + at + n,
+                            decay + at + n, saved + LANES * n, carry + at + n, sum_a + at + n,
                             sums + j);
                         n += count, ahead.on = false;
                     }
