@@ -112,7 +112,7 @@ def no_packages(monkeypatch):
 
 
 def contents(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*')) if folder.exists() else []
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.name != '.lock')
 
 
 def test_wheel_is_proved_and_kept(args, tmp_path, monkeypatch, no_packages, capsys):
@@ -185,12 +185,12 @@ def test_interrupted_build_leaves_nothing(root, tmp_path):
 
 
 def test_stale_folders(tmp_path):
-    dead = subprocess.Popen([sys.executable, '-c', ''])
-    dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        (tmp_path / f'.build-{pid}-x').mkdir()
-    tool_module.remove_stale(tmp_path)
-    assert contents(tmp_path) == [f'.build-{os.getpid()}-x']
+    """What a killed build left goes; a build that lives, in whatever container, keeps its folder."""
+    (tmp_path / '.build-left').mkdir()
+    with tool_module.build_folder(tmp_path) as mine, tool_module.build_folder(tmp_path) as other:
+        assert {p.name for p in tmp_path.glob('.build-*')} == {mine.name, other.name}
+        (mine / 'build.log').write_text('going on')
+    assert contents(tmp_path) == []
 
 
 # --- what goes wrong ---

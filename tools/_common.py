@@ -475,7 +475,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 def write_atomic(path: os.PathLike, write: Callable[[str], None]) -> None:
     """Write a file whole or not at all, see `vim2._files.write`; an error that names it where that fails."""
     from vim2 import _files
-    with _writing(path):
+    with writing(path):
         _files.write(path, write)
 
 
@@ -487,14 +487,14 @@ def write_text(path: os.PathLike, text: str) -> None:
 def write_torch(path: os.PathLike, state: Any) -> None:
     """Write what `torch.save` writes, see `write_atomic`."""
     from vim2 import _files
-    with _writing(path):
+    with writing(path):
         _files.write_torch(path, state)
 
 
 def write_folder(path: os.PathLike, write: Callable[[str], None]) -> None:
     """Write a folder whole or not at all, see `vim2._files.write_folder`; an error that names it where that fails."""
     from vim2 import _files
-    with _writing(path):
+    with writing(path):
         _files.write_folder(path, write)
 
 
@@ -504,7 +504,7 @@ def locked_folder(path: os.PathLike) -> Iterator[None]:
     from vim2 import _files
     with ExitStack() as stack:
         try:
-            with _writing(Path(path) / '.lock'):
+            with writing(Path(path) / '.lock'):
                 stack.enter_context(_files.lock_folder(path))
         except _files.Locked as e:
             raise UserError(f'{e}: wait for it, or choose another folder') from None
@@ -513,9 +513,12 @@ def locked_folder(path: os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(path: os.PathLike) -> Iterator[None]:
+def writing(path: os.PathLike) -> Iterator[None]:
+    """Errors of the system while `path` is written are one line that names it."""
+    from vim2 import _files
     try:
-        yield
+        with _files.named_errors(Path(path)):
+            yield
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror or one_line(e, 200)}') from None
 

@@ -25,7 +25,7 @@ from typing import Callable, Dict, List, Sequence
 
 import torch
 
-from _common import HelpFormatter, UserError, at_least, print_json, register_models, run
+from _common import HelpFormatter, UserError, at_least, print_json, register_models, run, write_atomic
 
 # Width of a stage's inner map, for dims of 96 to 768 (tiny, small) and 128 to 1024 (base), and its side at 224 px.
 STAGES = [(f'{name} stage {i + 1}', 2 * dim * 2 ** i, 56 // 2 ** i)
@@ -355,7 +355,7 @@ def plot_scaling(results: List[Dict[str, object]], path: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=120, format=os.path.splitext(path)[1][1:] or 'png'))
 
 
 # ---------------------------------------------------------------------------------------------------- import

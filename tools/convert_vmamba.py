@@ -9,9 +9,7 @@ chosen blocks: channel mixers pass on their input, averages are the plain chain.
 model has token mixers they are chosen evenly spread, the first and the last among them; --blocks chooses otherwise.
 """
 import argparse
-import os
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -74,21 +72,15 @@ def convert(args: argparse.Namespace, state: Dict[str, torch.Tensor]):
 def save(model: torch.nn.Module, out: Path, model_kwargs: Dict, note: str) -> None:
     """The folder, complete or not at all."""
     from timm.models._hub import save_for_hf
-    tmp = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp.mkdir()
+
+    def fill(folder: str) -> None:
         # the licence is the checkpoint's, which the file does not tell
-        save_for_hf(model, str(tmp), model_args=model_kwargs or None, safe_serialization=True,
+        save_for_hf(model, folder, model_args=model_kwargs or None, safe_serialization=True,
                     model_config=dict(pretrained_cfg=dict(tag='vmamba', notes=[note], license=None)))
-        for file in tmp.iterdir():
-            with open(file, 'rb+') as f:
-                os.fsync(f.fileno())
-        os.rename(tmp, out)
-    except OSError as e:
-        raise UserError(f'cannot write {out}: {common.one_line(e)}') from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+
+    with common.writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        common.write_folder(out, fill)
 
 
 _STARTS = {

@@ -21,9 +21,12 @@ import tarfile
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterator, List, Optional
+
+from filelock import FileLock, Timeout
 
 import _common as common
 from _common import UserError
@@ -154,16 +157,30 @@ def cached_wheel(folder: Path) -> Optional[Path]:
     return wheels[0] if wheels else None
 
 
-def remove_stale(cache: Path) -> None:
-    """Remove what killed builds left."""
-    for folder in cache.glob('.build-*'):
-        pid = folder.name.split('-')[1]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
+@contextmanager
+def build_folder(cache: Path) -> Iterator[Path]:
+    """A folder to build in, which goes at the end; those that killed builds left are removed first.
+
+    A build holds a lock of the operating system on its folder, which ends with its process. (Process numbers mean
+    nothing across containers that share a cache.)
+    """
+    with FileLock(cache / '.lock'):  # nobody finds the new folder before its lock is held
+        for folder in cache.glob('.build-*'):
+            stale = FileLock(folder / '.lock')
+            try:
+                stale.acquire(timeout=0)
+            except (Timeout, OSError):
+                continue
             shutil.rmtree(folder, ignore_errors=True)
-        except (PermissionError, ValueError, OSError):
-            pass
+            stale.release()
+        work = Path(tempfile.mkdtemp(prefix='.build-', dir=cache))
+        lock = FileLock(work / '.lock')
+        lock.acquire()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------------------- build
@@ -322,9 +339,7 @@ def compile_error(text: str, log: Path) -> str:
 def build(args: argparse.Namespace, cache: Path, device: str) -> Path:
     """Fetch, compile, prove and keep the wheel; the cache gets all of it or nothing."""
     check_tools(device, cache)
-    remove_stale(cache)
-    work = Path(tempfile.mkdtemp(prefix=f'.build-{os.getpid()}-', dir=cache))
-    try:
+    with build_folder(cache) as work:
         pip('install', *constraints(args), *BUILD_REQUIREMENTS, what=f'install {", ".join(BUILD_REQUIREMENTS)}')
         root = fetch_source(args, work)
         setup = root / 'setup.py'
@@ -342,8 +357,6 @@ def build(args: argparse.Namespace, cache: Path, device: str) -> Path:
             if cached_wheel(folder) is None:
                 raise
         return cached_wheel(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- main

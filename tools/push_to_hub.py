@@ -733,7 +733,8 @@ def main() -> None:
     except OSError as e:
         raise UserError(f'cannot write {args.out or "a temporary folder"}: {common.one_line(e)}') from None
     try:
-        write_model(source, folder, args.license)
+        with common.writing(args.out or 'a temporary folder'):
+            write_model(source, folder, args.license)
         model = check_reload(source, folder)
         result = None
         if dataset is not None:

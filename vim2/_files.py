@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 __all__ = [
-    'Damaged', 'Locked', 'check_torch', 'lock_folder', 'remove_temporaries', 'write', 'write_folder', 'write_text',
-    'write_torch']
+    'Damaged', 'Locked', 'check_torch', 'lock_folder', 'named_errors', 'remove_temporaries', 'write', 'write_folder',
+    'write_text', 'write_torch']
 
 _LOCK = '.lock'
 _OWNER = '.lock-owner'
@@ -55,13 +55,13 @@ def write(path: Union[str, os.PathLike], fill: Callable[[str], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             tmp = os.path.join(folder, 'content')
             fill(tmp)
-            with _named(path), open(tmp, 'rb') as source, open(path, 'ab') as sink:
+            with named_errors(path), open(tmp, 'rb') as source, open(path, 'ab') as sink:
                 shutil.copyfileobj(source, sink)
         return
     target = Path(os.path.realpath(path))
     tmp = _temporary(target)
     try:
-        with _named(path):
+        with named_errors(path):
             fill(str(tmp))
             if mode is not None:
                 os.chmod(tmp, stat.S_IMODE(mode))
@@ -164,7 +164,7 @@ def write_folder(path: Union[str, os.PathLike], fill: Callable[[str], None]) -> 
     target = Path(os.path.realpath(path))
     tmp = _temporary(target)
     try:
-        with _named(path):
+        with named_errors(path):
             fill(str(tmp))
             for file in tmp.rglob('*'):
                 if file.is_file():
@@ -256,7 +256,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Errors of the system name `path`, not the temporary, which nobody knows."""
     try:
         yield
