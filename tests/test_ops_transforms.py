@@ -32,14 +32,14 @@ def random(*shape):
     return torch.randn(*shape, generator=_generator, dtype=torch.float64)
 
 
-def map_inputs(rank=None, height=2, width=3):
+def map_tensors(rank=None, height=2, width=3):
     """Float64 x, delta, A, B, C, D, delta_bias, delta_weight."""
     return [random(2, 3, height, width), random(2, 4, rank or 3, height, width), -random(4, 3, 2).abs(),
             random(2, 4, 2, height, width), random(2, 4, 2, height, width), random(4, 3), random(4, 3),
             random(4, 3, rank) if rank else None]
 
 
-def sequence_inputs(rank=None):
+def sequence_tensors(rank=None):
     """Float64 u, delta, A, B, C, D, z, delta_bias, delta_weight; two groups of B, a C that is constant."""
     return [random(2, 4, 5), random(2, rank or 4, 5), -random(4, 2).abs(), random(2, 2, 2, 5), random(4, 2), random(4),
             random(2, 4, 5), random(4), random(4, rank) if rank else None]
@@ -69,14 +69,14 @@ def plain_sequence(u, delta, A, B, C, D, z, bias, weight=None):
 
 
 CASES = {  # name: (scan, the same of PyTorch's operators, inputs)
-    'map': (of_map, plain_map, map_inputs()),
-    'map, low rank': (of_map, plain_map, map_inputs(rank=2)),
-    'sequence': (of_sequence, plain_sequence, sequence_inputs()),
-    'sequence, low rank': (of_sequence, plain_sequence, sequence_inputs(rank=2)),
+    'map': (of_map, plain_map, map_tensors()),
+    'map, low rank': (of_map, plain_map, map_tensors(rank=2)),
+    'sequence': (of_sequence, plain_sequence, sequence_tensors()),
+    'sequence, low rank': (of_sequence, plain_sequence, sequence_tensors(rank=2)),
 }
 
 
-SMALL = {'small map': (of_map, plain_map, map_inputs(height=1, width=2))}  # where graphs have nodes for every step
+SMALL = {'small map': (of_map, plain_map, map_tensors(height=1, width=2))}  # where graphs have nodes for every step
 
 
 @pytest.fixture(autouse=True)
@@ -194,9 +194,26 @@ def test_third_derivative_of_mixed_modes(case):
     close(third(along(f)), third(along(exact)), 2e-3)
 
 
+@pytest.mark.parametrize('output', [0, 1])
+def test_one_output_alone(output):
+    """The other one has no gradient: not one of zeros either."""
+    inputs = sequence_tensors()
+
+    def alone(u, backend, dtype):
+        others = [None if t is None else t.to(DEVICE, dtype) for t in inputs[1:8]]
+        return selective_scan(u, *others, True, True, backend=backend)[output].square().sum()
+
+    def derivatives(*options):
+        u = inputs[0].to(DEVICE, options[1]).requires_grad_()
+        first, = torch.autograd.grad(alone(u, *options), u, create_graph=True)
+        return first, grad(alone)(u.detach(), *options), torch.autograd.grad(first.square().sum(), u)
+
+    close(derivatives(BACKEND, torch.float32), derivatives('reference', torch.float64))
+
+
 def test_tangent_that_only_the_gradient_has():
     """Forward mode over a backward whose forward saw no tangent."""
-    x, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in map_inputs())
+    x, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in map_tensors())
     x.requires_grad_()
     out, v = of_map(x, *others), torch.randn(2, 3, 2, 3, device=DEVICE)
     with forward_ad.dual_level():
@@ -220,7 +237,7 @@ def test_gradgradcheck(case_name):
 
 def test_per_sample_gradients():
     """vmap(grad): the gradients of shared parameters are those of each sample alone."""
-    x, delta, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in map_inputs(rank=2))
+    x, delta, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in map_tensors(rank=2))
     B, C = others[1:3]
     shared = [others[0], *others[3:]]
 
@@ -238,7 +255,7 @@ def test_per_sample_gradients():
 @pytest.mark.parametrize('in_dims', [(0, None, None), (None, 0, 0), (1, None, -1)])
 def test_vmap(in_dims):
     """Over any of the inputs, weights too, along any of their dimensions."""
-    x, delta, A, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in map_inputs())
+    x, delta, A, *others = (None if t is None else t.to(DEVICE, torch.float32) for t in map_tensors())
     sizes = [torch.rand(3, device=DEVICE) + 0.5 for _ in in_dims]
     given = [t if d is None else torch.stack([t * s for s in size], d)
              for t, d, size in zip((x, delta, A), in_dims, sizes)]
