@@ -94,8 +94,8 @@ def test_out_indices():
     (dict(out_indices=()), 'one or more stages'),
     (dict(out_indices=(-1,)), 'from 0 to 3'),
     (dict(frozen_stages=5), 'frozen_stages=5: write -1 .* at most 4'),
-    (dict(model_name='vim2_tinny'), "unknown ViM2 'vim2_tinny': write model_name='vim2_tiny'"),
-    (dict(model_name='resnet18'), "unknown ViM2 'resnet18'"),
+    (dict(model_name='vim2_tinny'), "unknown model 'vim2_tinny': write model_name='vim2_tiny'"),
+    (dict(model_name='resnet18'), "unknown model 'resnet18'"),
 ])
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
