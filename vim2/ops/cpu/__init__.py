@@ -278,7 +278,9 @@ def forward(
     batch, dim = u.shape[:2]
     out = _sum_buffer(u, directions)
     last = torch.empty((batch, A.shape[0], dim, A.shape[2]) if want_last_state else (0,))
-    states = _fresh(torch.empty(states_shape(u, A, B, C) if save_states else (0,)))
+    # zeros: registers of less than 16 lanes write none beyond a group's channels
+    allocate = torch.zeros if dim // _blocks(dim, B.shape[2], C.shape[2])[0] % 16 else torch.empty
+    states = _fresh(allocate(states_shape(u, A, B, C) if save_states else (0,)))
     tensors = [u, delta, A, B, C, D, z, delta_bias, out, last if want_last_state else None]
     count, memory = batch, None
     if delta_weight is not None:
