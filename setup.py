@@ -51,7 +51,7 @@ EXTRAS = {
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
     'darts>=0.48', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9',
-    'hypothesis>=6.100', 'ziglang>=0.14']  # python vim2/ops/cpu/build.py
+    'hypothesis>=6.100', 'torchao>=0.14', 'ziglang>=0.14']  # python vim2/ops/cpu/build.py
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
 CONFIGS = {'vim2.configs.detection': 'detection/configs', 'vim2.configs.segmentation': 'segmentation/configs'}
