@@ -222,6 +222,24 @@ def test_tangent_that_only_the_gradient_has():
     close(tangent, torch.autograd.grad(of_map(x, *others), x, v)[0])
 
 
+def test_forward_mode_of_the_kernels():
+    """They are operators too, which a lowered program calls by themselves."""
+    x, delta, A, B, C, *_ = (None if t is None else t.to(DEVICE, torch.float32) for t in map_tensors())
+    given = (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), None, None, None, None)
+    options = True, [0, 1, 2, 3]
+    t = random(*x.shape).to(x)
+    out, _, states = torch.ops.vim2.scan_forward(*given, *options, False, True, BACKEND)
+
+    def forward(x):  # linear in its first input, as the backward is
+        return torch.ops.vim2.scan_forward(x, *given[1:], *options, False, True, BACKEND)[0]
+
+    def backward(g):
+        return torch.ops.vim2.scan_backward(g, None, *given, states, *options, BACKEND)[:5]
+
+    for f, at in ((forward, x), (backward, out)):
+        close(jvp(f, (at,), (t,))[1], f(t))
+
+
 @pytest.mark.parametrize('case_name', CASES)
 def test_gradgradcheck(case_name):
     """The reference as a backend: its first derivatives are an operator's too."""

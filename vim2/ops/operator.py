@@ -36,7 +36,7 @@ __all__ = ['scan', 'scan_backward', 'scan_forward']
 _library = torch.library.Library('vim2', 'FRAGMENT')
 
 
-def _define(function: Callable) -> torch._ops.OpOverload:
+def _define(function: Callable) -> Callable:
     """Make an operator of a function: its schema from the annotations, its kernel for every device."""
     name = function.__name__
     _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
@@ -203,15 +203,15 @@ def _differentiable_forward(*args) -> Tuple[Tensor, Tensor, Tensor]:
 
 
 def _differentiable_backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, delta_weight, _, delta_softplus,
-                             directions, *__) -> Tuple[Optional[Tensor], ...]:
-    """`scan_backward` by the reference, None for what is absent."""
+                             directions, *__) -> Tuple[Tensor, ...]:
+    """`scan_backward` by the reference."""
     inputs = (u, expand_delta(delta, delta_weight, u), A, B, C, D, z, delta_bias)
     grads = list(scan_reference_backward(grad_out, grad_last, *inputs, delta_softplus, directions))
     grad_weight = None
     if delta_weight is not None:
         grads[1], grad_weight = contract_delta(grads[1], delta, delta_weight)
     given = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
-    return tuple(None if t is None else g.to(t.dtype) for t, g in zip(given, (*grads, grad_weight)))
+    return tuple(u.new_empty(0) if t is None else g.to(t.dtype) for t, g in zip(given, (*grads, grad_weight)))
 
 
 # -------------------------------------------------------------------------------------------------------- transforms
@@ -245,13 +245,13 @@ def _one_by_one(operator: Callable) -> Callable:
     return rule
 
 
-def _transformed(operator: Callable, keep: Callable, rule: Callable, reference: Callable) -> None:
+def _transformed(name: str, operator: Callable, keep: Callable, rule: Callable, reference: Callable) -> None:
     """What torch.func does with an operator: it hands every call within a transform to the kernel given here.
 
     torch.library's rules serve autograd alone. An autograd.Function has the same rules for torch.func, which takes
     off one transform after the other and calls the operator on what is left.
     """
-    function = type(operator._opname, (torch.autograd.Function,), dict(
+    function = type(name, (torch.autograd.Function,), dict(
         forward=staticmethod(lambda *args: operator(*args)), setup_context=staticmethod(keep),
         backward=staticmethod(rule), vmap=staticmethod(_one_by_one(operator))))
 
@@ -265,11 +265,11 @@ def _transformed(operator: Callable, keep: Callable, rule: Callable, reference: 
                 raise
             return reference(*args)  # torch.func.functionalize takes no autograd.Function
 
-    _library.impl(operator._opname, call, 'FuncTorchDynamicLayerFrontMode')
+    _library.impl(name, call, 'FuncTorchDynamicLayerFrontMode')
 
 
-_transformed(_scan_forward, _keep_forward, _forward_rule, _differentiable_forward)
-_transformed(_scan_backward, _keep_backward, _backward_rule, _differentiable_backward)
+_transformed('scan_forward', _scan_forward, _keep_forward, _forward_rule, _differentiable_forward)
+_transformed('scan_backward', _scan_backward, _keep_backward, _backward_rule, _differentiable_backward)
 
 
 def _scan_transformed(*args):
