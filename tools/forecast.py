@@ -1,38 +1,39 @@
 #!/usr/bin/env python
-"""Forecast time series with TSM2: train, measure, predict, and reproduce the benchmark's table.
+"""Forecast time series with TSM2: train, measure, predict, test on the past, and reproduce the benchmark's table.
 
-    python tools/forecast.py predict ETTh1.csv --output forecast.csv --plot forecast.png
-    python tools/forecast.py fit sales.csv --lookback 336 --horizon 28 --output output/forecast/sales
+    python tools/forecast.py fit sales.csv --horizon 28 --output output/forecast/sales
     python tools/forecast.py evaluate sales.csv --model output/forecast/sales/model
+    python tools/forecast.py predict sales.csv --model output/forecast/sales/model --quantiles 0.1 0.9 --plot sales.png
+    python tools/forecast.py backtest sales.csv --model output/forecast/sales/model --origins 4
     python tools/forecast.py bench --data-dir DIR --output output/forecast/bench
 
-A series is a CSV file (.csv or .csv.gz) with a header, one column of dates, oldest first, and one column of numbers per
-variate. Options that are not given come from the recipe: one configuration for all data sets, and what differs for a
-named one.
+A series is a CSV file (also compressed, or Parquet) with a header, a column of dates, oldest first, and one column of
+numbers per variate; or many series below one another, with a column of their names (--id-column). What is unusual in a
+file is named by an option, never guessed. docs/forecasting.md is the guide.
 """
 import argparse
-import csv
-import io
+import contextlib
 import json
+import logging
 import math
 import statistics
+import sys
+import warnings
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
 import _common as common
-import _data as data
-import _forecasting as forecasting
 from _common import UserError
 
 RECIPE = Path(__file__).parent / 'recipes' / 'forecast.yaml'
-# What bench can train, as changes of the recipe's model; DLinear is the baseline.
+# What bench can train, as changes of the model; DLinear is the baseline.
 MODELS: Dict[str, Optional[Dict[str, Any]]] = dict(
     tsm2={}, tsm2_mlp=dict(variate_mixer='mlp'), tsm2_plain=dict(weighted_average=False), dlinear=None)
 _TRAINING = dict(  # options of training: type and help
-    epochs=(int, 'most epochs'),
-    steps=(int, 'batches in an epoch, drawn at random; 0: all windows'),
+    epochs=(int, 'most epochs, each of which ends with the validation loss'),
+    steps=(int, 'batches in an epoch, drawn at random; 0: from the number of windows, -1: all windows'),
     batch_size=(int, 'windows in a batch'),
     lr=(float, 'peak learning rate'),
     weight_decay=(float, 'weight decay (AdamW)'),
@@ -42,6 +43,13 @@ _TRAINING = dict(  # options of training: type and help
     val_windows=(int, 'validation windows, evenly spread; 0: all'),
     clip_grad=(float, 'clip the norm of the gradients at this, 0: off'),
 )
+_CHOICES = dict(loss=('mse', 'mae', 'huber'), schedule=('cosine', 'constant', 'halve'))
+_FILLS = ('error', 'keep', 'interpolate', 'forward', 'zero')
+# Options of reading, by the names of `read_series` and of `Panel.from_frame`, with their defaults.
+_READING = dict(date_column='date', id_column=None, separator=',', decimal='.', thousands=None, encoding='utf-8',
+                names=None, header=True, skip_rows=0, na=(), date_format=None, day_first=None, integer_dates=None,
+                timezone=None)
+_PANEL = dict(sort=False, duplicates='error', gaps='error', missing='error', sentinels=True)
 
 
 def pandas_forecasting():
@@ -58,23 +66,54 @@ def pandas_forecasting():
 
 # --------------------------------------------------------------------------------------------------------- options
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group('data')
-    g.add_argument('data', metavar='CSV', help='the series (.csv, .csv.gz)')
-    g.add_argument('--date-column', default='date', metavar='NAME', help='its column of dates')
+def add_data_arguments(parser: argparse.ArgumentParser, model: bool) -> None:
+    """The options of reading; those that are not given are as in the model's training, where there is a model."""
+    as_trained = 'as in training' if model else None
+    g = parser.add_argument_group('file' + (' (default: as in training)' if model else ''))
+    g.add_argument('data', metavar='FILE', help='the series (.csv, .csv.gz, .parquet)')
+
+    def add(name, *, default, text, **kwargs):
+        default = '' if default is None or default == () else f' (default: {default})'
+        g.add_argument(f'--{name}', default=None, help=text + ('' if as_trained else default), **kwargs)
+
+    add('date-column', default='date', metavar='NAME', text='its column of dates')
+    add('id-column', default=None, metavar='NAME', text="its column of the series' names, if it holds many series")
+    add('separator', default=',', metavar='C', text="between fields; 'tab' for a tabulator")
+    add('decimal', default='.', metavar='C', text='decimal mark')
+    add('thousands', default=None, metavar='C', text='mark of thousands')
+    add('encoding', default='utf-8', metavar='NAME', text='of the text: latin-1, cp1252, utf-16, …')
+    add('names', default=None, nargs='+', metavar='NAME', text='names of all columns, in place of the header')
+    add('header', default=None, action=argparse.BooleanOptionalAction, text='whether the first line is a header')
+    add('skip-rows', default=None, type=int, metavar='N', text='lines before the header')
+    add('na', default=None, nargs='+', metavar='TEXT', text='what stands for a missing value, such as -9999')
+    add('date-format', default=None, metavar='FORMAT', text='of the dates, such as %%d.%%m.%%Y')
+    add('day-first', default=None, action=argparse.BooleanOptionalAction, text='whether 01/02/2020 is in February')
+    add('integer-dates', default=None, metavar='KIND',
+        text='what dates that are whole numbers are: s, ms, us, ns, yyyymmdd, yyyymm, year, excel')
+    add('timezone', default=None, metavar='NAME', text='zone of the dates, such as Europe/Berlin')
+    g.add_argument('--freq', metavar='NAME', help="step of the dates, as pandas names it: h, 15min, D, B, W, MS, … "
+                                                  "(default: the dates')")
+    add('sort', default=None, action=argparse.BooleanOptionalAction, text='put the rows in order')
+    add('duplicates', default='error', choices=('error', 'first', 'last', 'mean', 'sum'), text='two rows of one date')
+    add('gaps', default='error', choices=_FILLS, text='missing dates; keep: windows with one are left out')
+    add('missing', default='error', choices=_FILLS, text='missing values; keep: windows with one are left out')
+    add('sentinels', default=None, action=argparse.BooleanOptionalAction,
+        text='refuse values such as -9999 far outside of all others (the default)')
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group('model and training (default: the recipe)')
-    g.add_argument('-c', '--config', default=str(RECIPE), metavar='YAML', help='recipe')
-    g.add_argument('--lookback', type=int, metavar='T', help='steps that a forecast reads')
+    g = parser.add_argument_group('model and training (default: vim2.forecasting.training, the same for all series)')
+    g.add_argument('--lookback', type=int, metavar='T', help='steps that a forecast reads (default: at most 512)')
     g.add_argument('--model-kwargs', nargs='*', default={}, action=common.KeyValue, metavar='K=V',
                    help='arguments of vim2.models.TSM2')
     for name, (kind, text) in _TRAINING.items():
         g.add_argument(f'--{name.replace("_", "-")}', type=kind, metavar='N' if kind is int else 'X', help=text)
-    g.add_argument('--loss', choices=('mse', 'mae'), help='what is minimised')
-    g = parser.add_argument_group('hardware')
-    g.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
+    g.add_argument('--loss', choices=_CHOICES['loss'], help='what is minimised')
+    g.add_argument('--schedule', choices=_CHOICES['schedule'], help='of the learning rate')
+
+
+def add_device_argument(parser) -> None:
+    parser.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -87,46 +126,77 @@ def get_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, formatter_class=common.HelpFormatter)
 
     p = command('fit', 'Train on a series. The output folder gets args.json, history.csv, last.pth.tar (newest state) '
-                       'and model/, for evaluate, predict and TSM2.from_pretrained.')
-    add_data_arguments(p)
-    p.add_argument('--columns', nargs='+', metavar='NAME', help='variates, in order (default: all columns)')
-    p.add_argument('--preset', metavar='NAME', help="take what the recipe says for this data set")
-    p.add_argument('--split', metavar='NAME',
-                   help="training, validation and test part: ett-hour, ett-minute, or three parts (default: the "
-                        "preset's, else 0.7/0.1/0.2)")
-    p.add_argument('--horizon', type=int, default=96, metavar='H', help='steps to forecast')
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='seed of everything random')
-    p.add_argument('--output', default='output/forecast/run', metavar='DIR', help='folder of the run')
-    p.add_argument('--resume', action='store_true', help='continue the run in --output; start it if there is none')
-    p.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal')
+                       'and model/, for evaluate, predict, backtest and TSM2.from_pretrained.')
+    add_data_arguments(p, model=False)
+    g = p.add_argument_group('columns')
+    g.add_argument('--target', nargs='+', metavar='NAME', help='columns to forecast, in order (default: all others)')
+    g.add_argument('--future', nargs='+', default=[], metavar='NAME', help='covariates known over the horizon as well')
+    g.add_argument('--past', nargs='+', default=[], metavar='NAME', help='covariates known up to the present')
+    g.add_argument('--static', nargs='+', default=[], metavar='NAME', help='covariates that are constant in a series')
+    g.add_argument('--categorical', nargs='+', default=[], metavar='NAME',
+                   help='covariates that are categories though they are numbers (text always is)')
+    g.add_argument('--calendar', action='store_true', help='time of day, week and year as known covariates')
+    g.add_argument('--multivariate', action='store_true',
+                   help='forecast the series of --id-column together, each reading all others')
+    g = p.add_argument_group('run')
+    g.add_argument('--horizon', type=int, default=96, metavar='H', help='steps to forecast')
+    g.add_argument('--split', default='auto', metavar='NAME',
+                   help='training, validation and test part: auto, ett-hour, ett-minute, or three parts, 0.7/0.1/0.2')
+    g.add_argument('--no-test', action='store_true', help='keep no test part: --split no-test')
+    g.add_argument('--all-data', action='store_true', help='after the measured run train anew on all rows')
+    g.add_argument('--season', type=int, metavar='N', help='season of the naive forecast, in steps (default: a day of '
+                   'hours or minutes, a week of days, a year of weeks, months and quarters)')
+    g.add_argument('--start', metavar='DIR', help='fine-tune: start from this model and keep its columns and look-back')
+    g.add_argument('--seed', type=int, default=0, metavar='N', help='seed of everything random')
+    g.add_argument('--output', default='output/forecast/run', metavar='DIR', help='folder of the run')
+    g.add_argument('--resume', action='store_true', help='continue the run in --output; start it if there is none')
+    g.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal')
+    add_device_argument(g)
     add_training_arguments(p)
 
-    p = command('evaluate', 'Mean squared and absolute error over all windows of a part, in standardised units, in all '
-                            'and for each step of the horizon and each variate.')
-    add_data_arguments(p)
-    p.add_argument('-m', '--model', default='tsm2.ETTh1-96', metavar='DIR',
+    p = command('evaluate', 'Errors over all windows of a part, beside those of the naive forecasts: in all, for each '
+                            'step of the horizon and for each variate, and the coverage of the intervals.')
+    add_data_arguments(p, model=True)
+    p.add_argument('-m', '--model', required=True, metavar='DIR',
                    help='model/ folder of a run, or the name of bundled weights')
     p.add_argument('--split', metavar='NAME', help="how to split the series (default: as in training)")
     p.add_argument('--part', default='test', choices=('train', 'val', 'test', 'all'), help='part to evaluate')
+    p.add_argument('--level', type=float, default=0.8, metavar='X', help='of the interval whose coverage is measured')
     p.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='windows at a time')
     p.add_argument('--errors', metavar='CSV', help='write the errors per step and variate to this file')
     p.add_argument('--json', action='store_true', help='print JSON')
-    p.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
+    add_device_argument(p)
 
     p = command('predict', 'Forecast what comes after the end of a series, or after a date in it.')
-    add_data_arguments(p)
-    p.add_argument('-m', '--model', default='tsm2.ETTh1-96', metavar='DIR',
+    add_data_arguments(p, model=True)
+    p.add_argument('-m', '--model', required=True, metavar='DIR',
                    help='model/ folder of a run, or the name of bundled weights')
+    p.add_argument('--future-data', metavar='FILE', help='further rows with the covariates of the horizon')
     p.add_argument('--after', metavar='DATE', help='forecast from the step after this date (default: the last one)')
-    p.add_argument('--freq', metavar='NAME', help="step between dates, as pandas names it (default: the series')")
+    p.add_argument('--quantiles', type=float, nargs='+', default=[], metavar='Q', help='such as 0.1 0.9')
+    p.add_argument('--ids', nargs='+', metavar='NAME', help='series to forecast (default: all in the file)')
     p.add_argument('--output', default='forecast.csv', metavar='CSV', help='where the forecast goes')
     p.add_argument('--plot', metavar='PNG', help='draw history, truth where it is known, and forecast')
     p.add_argument('--history', type=int, metavar='N', help='past steps in the plot (default: two horizons)')
-    p.add_argument('--plot-columns', nargs='+', metavar='NAME', help='variates in the plot (default: the first 8)')
-    p.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
+    p.add_argument('--plot-columns', nargs='+', metavar='NAME', help='variates or series in the plot (default: 8)')
+    add_device_argument(p)
+
+    p = command('backtest', 'Forecast from several dates of the past, with what was known then.')
+    add_data_arguments(p, model=True)
+    p.add_argument('-m', '--model', required=True, metavar='DIR',
+                   help='model/ folder of a run, or the name of bundled weights')
+    p.add_argument('--origins', type=int, default=5, metavar='N', help='number of dates')
+    p.add_argument('--stride', type=int, metavar='N', help='steps between them (default: the horizon)')
+    p.add_argument('--refit', action='store_true', help='train anew for each, on what was known then')
+    p.add_argument('--quantiles', type=float, nargs='+', default=[], metavar='Q', help='such as 0.1 0.9')
+    p.add_argument('--output', default='backtest.csv', metavar='CSV', help='where all forecasts go')
+    p.add_argument('--plot', metavar='PNG', help='draw the forecasts over the series')
+    p.add_argument('--plot-columns', nargs='+', metavar='NAME', help='variates or series in the plot (default: 8)')
+    add_device_argument(p)
 
     p = command('bench', "Train and test on the recipe's data sets, against the paper's numbers. Finished runs are "
                          'kept in the output folder and not repeated; bench.json and bench.md hold the table.')
+    p.add_argument('-c', '--config', default=str(RECIPE), metavar='YAML', help='data sets, and how DLinear is trained')
     p.add_argument('--data-dir', required=True, metavar='DIR', help="folder of the recipe's files")
     p.add_argument('--output', default='output/forecast/bench', metavar='DIR', help='folder of the results')
     p.add_argument('--models', nargs='+', default=['tsm2', 'dlinear'], choices=tuple(MODELS), metavar='NAME',
@@ -136,125 +206,86 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='seeds')
     p.add_argument('--table-only', action='store_true', help='train nothing: make the table of what there is')
     p.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal')
+    add_device_argument(p)
     add_training_arguments(p)
     return parser
 
 
-def read_recipe(path: str) -> Dict[str, Any]:
-    recipe = common.read_recipe(path)
-    unknown = set(recipe) - {'model', 'training', 'datasets', 'dlinear'}
-    if unknown:
-        raise UserError(f'{path}: unknown section {sorted(unknown)[0]!r} (known: model, training, datasets, dlinear)')
-    for name, entry in recipe.get('datasets', {}).items():
-        unknown = set(entry) - {'file', 'split', 'paper', 'model', 'training', 'horizons'}
-        if unknown:
-            raise UserError(f'{path}: {name}: unknown entry {sorted(unknown)[0]!r}')
-    return recipe
+def training_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+    return {n: getattr(args, n) for n in (*_TRAINING, *_CHOICES) if getattr(args, n) is not None}
 
 
-def settings(args: argparse.Namespace, dataset: Optional[str], model: str = 'tsm2',
-             horizon: Optional[int] = None) -> Tuple[Dict, Dict]:
-    """Arguments of the model and options of training.
-
-    Later ones win: the recipe, its data set, that at one horizon, its baseline, the command line.
-    """
-    recipe = read_recipe(args.config)
-    sections = [recipe]
-    if dataset is not None:
-        if dataset not in recipe.get('datasets', {}):
-            raise UserError(f'{args.config} has no data set {dataset!r}: it has '
-                            f'{", ".join(recipe.get("datasets", {})) or "none"}')
-        entry = recipe['datasets'][dataset]
-        sections += [entry, entry.get('horizons', {}).get(horizon, {})]
-    changes = MODELS[model]
-    if changes is None:
-        sections.append(recipe.get(model, {}))
-    options, training = {}, {}
-    for section in sections:
-        options.update(section.get('model', {}))
-        training.update(section.get('training', {}))
-    options.update(args.model_kwargs)
-    if args.lookback is not None:
-        options['lookback'] = args.lookback
-    options.setdefault('lookback', 512)
-    options.update(changes or {})
-    for name in (*_TRAINING, 'loss'):
-        if getattr(args, name) is not None:
-            training[name] = getattr(args, name)
-        if name not in training:
-            raise UserError(f'{args.config} says nothing about {name}: give --{name.replace("_", "-")}')
-    unknown = set(training) - {*_TRAINING, 'loss'}
-    if unknown:
-        raise UserError(f'{args.config}: unknown option of training {sorted(unknown)[0]!r}')
-    for name in _TRAINING:
-        least = 1 if name in ('epochs', 'batch_size') else 0
-        if not isinstance(training[name], (int, float)) or training[name] < least:
-            raise UserError(f'{name} must be a number of at least {least}, got {training[name]!r}')
-    if training['ema_decay'] >= 1:
-        raise UserError(f'ema_decay must be below 1, got {training["ema_decay"]}')
-    return options, training
+def model_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+    own = {'num_variates', 'lookback', 'horizon', 'static_dim', 'future_dim', 'past_dim', 'future_len'} & set(
+        args.model_kwargs)
+    if own:
+        raise UserError(f'--model-kwargs cannot set {sorted(own)[0]}: it follows from the data and the other options')
+    return dict(args.model_kwargs)
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def reading_arguments(args: argparse.Namespace, forecaster=None) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Arguments of `read_series` and of `Panel.from_frame`: the options, those of training, the defaults."""
+    trained = dict(forecaster.info.get('reading') or {}) if forecaster is not None else {}
+    if forecaster is not None and forecaster.roles.id is not None:
+        trained.setdefault('id_column', forecaster.roles.id)
+    out, taken = [], []
+    for defaults in (_READING, _PANEL):
+        group = {}
+        for name, default in defaults.items():
+            given = getattr(args, name)
+            group[name] = given if given is not None else trained.get(name, default)
+            if given is None and name in trained and name != 'id_column' and trained[name] not in (default, list(
+                    default) if isinstance(default, tuple) else default):
+                taken.append(f'{name.replace("_", "-")} {trained[name]}')
+        out.append(group)
+    if taken:
+        note(args, f'read as in training: {", ".join(taken)}')
+    return out[0], out[1]
 
-class Series(NamedTuple):
-    """A series, split and scaled by its training part."""
-    frame: Any  # pandas.DataFrame
-    split: Any  # vim2.forecasting.Split
-    scaler: Any  # vim2.forecasting.Scaler
-    values: torch.Tensor  # scaled, (rows, M), float32
+
+def note(args: argparse.Namespace, text: str) -> None:
+    print(f'note: {text}', file=sys.stderr if getattr(args, 'json', False) else sys.stdout, flush=True)
 
 
-def series_errors(function):
-    """Calls a function of vim2.forecasting; what is wrong with the series becomes one line for the user."""
-    def call(*args, **kwargs):
-        from vim2.forecasting import SeriesError
+@contextlib.contextmanager
+def reported(args: argparse.Namespace):
+    """What vim2.forecasting decides becomes notes, its warnings lines on stderr, its errors a UserError."""
+    from vim2.forecasting import SeriesError, SeriesWarning
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(args, record.getMessage())
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if isinstance(message, SeriesWarning):
+            print(f'warning: {message.command_line()}', file=sys.stderr, flush=True)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    logger, handler = logging.getLogger('vim2.forecasting'), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter('always', SeriesWarning)
+        before, warnings.showwarning = warnings.showwarning, show
         try:
-            return function(*args, **kwargs)
+            yield
         except SeriesError as e:
-            raise UserError(str(e)) from None
-    return call
+            raise UserError(e.command_line()) from None
+        except OSError as e:  # of vim2._files, which names the file
+            if e.filename is None:
+                raise
+            raise UserError(f'cannot write {e.filename}: {e.strerror}') from None
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
-@series_errors
-def open_series(path: str, split: str, date_column: str = 'date', columns: Optional[List[str]] = None) -> Series:
-    from vim2.forecasting import Scaler, read_series, split_series
-    frame = read_series(path, date_column, columns)
-    parts = split_series(len(frame), split)
-    scaler = Scaler.fit(frame.to_numpy()[slice(*parts.train)])
-    return Series(frame, parts, scaler, torch.as_tensor(scaler.transform(frame.to_numpy()), dtype=torch.float32))
-
-
-@series_errors
-def open_windows(series: Series, part: str, lookback: int, horizon: int):
-    from vim2.forecasting import Windows
-    return Windows(series.values, getattr(series.split, part), lookback, horizon, part)
-
-
-@series_errors
 def open_forecaster(name: str):
     """A forecaster from a folder, or by the name of bundled weights."""
     from vim2.forecasting import Forecaster
     return Forecaster.load(name) if Path(name).exists() else Forecaster.bundled(name)
-
-
-def create_model(model: str, num_variates: int, horizon: int, options: Dict[str, Any]) -> torch.nn.Module:
-    from vim2.forecasting import DLinear
-    from vim2.models import TSM2
-    if MODELS[model] is None:
-        return DLinear(num_variates, options['lookback'], horizon)
-    try:
-        return TSM2(num_variates, horizon=horizon, **options)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'cannot make the model: {common.one_line(e)}') from None
-
-
-def create_trainer(model: str, series: Series, horizon: int, options: Dict[str, Any], training: Dict[str, Any],
-                   seed: int, device: torch.device) -> forecasting.Trainer:
-    windows = [open_windows(series, part, options['lookback'], horizon) for part in ('train', 'val')]
-    data.seed_everything(seed, 0)
-    network = create_model(model, series.values.shape[1], horizon, options)
-    return forecasting.Trainer(network, *windows, training, seed, device)
 
 
 def make_folder(path: str) -> Path:
@@ -266,206 +297,399 @@ def make_folder(path: str) -> Path:
     return folder
 
 
-def write_csv(path, header: List[str], rows) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(header)
-    writer.writerows(rows)
-    try:
-        common.write_text(path, text.getvalue())
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e.strerror}') from None
+def write_table(path, frame, **kwargs) -> None:
+    common.write_atomic(path, lambda tmp: frame.to_csv(tmp, lineterminator='\n', encoding='utf-8', **kwargs))
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    return common.check_device(args.device or common.default_device())
+
+
+def progress_bar(args: argparse.Namespace):
+    return lambda batches: common.progress(batches, disable=args.no_progress)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------- commands
 
+def _state(run: Dict[str, Any]) -> Dict[str, Any]:
+    return json.loads(json.dumps(run, default=list))
+
+
 def fit(args: argparse.Namespace) -> None:
-    from vim2.forecasting import Forecaster, evaluate, frequency
-    common.at_least(args, 1, 'horizon', 'lookback')
-    common.at_least(args, 0, 'seed')
-    options, training = settings(args, args.preset, horizon=args.horizon)
-    split = args.split
-    if split is None and args.preset:
-        split = read_recipe(args.config)['datasets'][args.preset].get('split')
-    split = split or '0.7/0.1/0.2'
-    device = common.check_device(args.device or common.default_device())
-    series = open_series(args.data, split, args.date_column, args.columns)
-    columns = list(series.frame.columns)
-    run = dict(columns=columns, rows=len(series.frame), split=split, horizon=args.horizon, seed=args.seed,
-               model=options, training=training)
-    trainer = create_trainer('tsm2', series, args.horizon, options, training, args.seed, device)
+    import pandas as pd
+
+    from vim2.forecasting import Columns, Panel, read_series
+    common.at_least(args, 1, 'horizon', 'lookback', 'season')
+    common.at_least(args, 0, 'seed', 'skip_rows')
+    if args.no_test and args.split != 'auto':
+        raise UserError(f'--no-test and --split {args.split} contradict each other')
+    split = 'no-test' if args.no_test else args.split
+    start = open_forecaster(args.start) if args.start else None
+    if start is not None:
+        refuse_with_start(args, start)
+    reading, policy = reading_arguments(args, start)
+    roles = start.roles if start is not None else Columns(
+        target=tuple(args.target or ()), id=reading['id_column'], past=tuple(args.past), future=tuple(args.future),
+        static=tuple(args.static), categorical=tuple(args.categorical), calendar=args.calendar,
+        multivariate=args.multivariate)
+    options, training = model_arguments(args), training_arguments(args)
+    device = device_of(args)
+    frame = read_series(args.data, **reading)
+    policy = dict(policy, name=args.data, file=True)
+    panel = Panel.from_frame(frame, roles, args.freq, **policy) if start is None else start.panel(
+        frame, args.freq, **policy)
+    horizon, lookback = (start.horizon, start.lookback) if start is not None else (args.horizon, args.lookback)
+    run = _state(dict(columns=panel.columns.to_dict(), rows=panel.rows, series=len(panel.ids), freq=panel.freq,
+                      split=split, horizon=horizon, lookback=lookback, seed=args.seed, season=args.season,
+                      all_data=args.all_data, start=args.start, model=options, training=training))
     folder = make_folder(args.output)
     last = folder / 'last.pth.tar'
-    if last.exists():
-        if not args.resume:
-            raise UserError(f'{folder} already holds a run: pass --resume to continue it, or another --output')
-        saved = json.loads((folder / 'args.json').read_text(encoding='utf-8'))
-        changed = [f'{k}: {saved.get(k)!r} -> {v!r}' for k, v in run.items() if saved.get(k) != v]
-        if changed:
-            raise UserError(f'the run in {folder} was started with other options: {"; ".join(changed)}')
-        trainer.load(last)
-    common.write_text(folder / 'args.json', json.dumps(run, indent=1) + '\n')
-    print(f'TSM2: {common.count_parameters(trainer.model):,} parameters, {len(columns)} variates, look-back '
-          f'{options["lookback"]}, horizon {args.horizon}; {len(trainer.train):,} training and {len(trainer.val):,} '
-          f'validation windows, on {device}; run folder {folder}', flush=True)
-    if trainer.epoch:
-        print(f'resumed at epoch {trainer.epoch}', flush=True)
-    trainer.fit(last, log=lambda text: print(text, flush=True), progress=not args.no_progress)
-    write_csv(folder / 'history.csv', ['epoch', 'train_loss', 'val_mse'],
-              [[h['epoch'], h['train_loss'], h['val_mse']] for h in trainer.history])
-    info = dict(split=split, seed=args.seed, training=training, val_mse=trainer.best_loss, epoch=trainer.best_epoch)
-    forecaster = Forecaster(trainer.model.cpu(), series.scaler, columns, frequency(series.frame.index), info)
-    common.write_folder(folder / 'model', forecaster.save)
-    test = open_windows(series, 'test', options['lookback'], args.horizon)
-    errors = evaluate(trainer.model, test)
-    print(f'done: best epoch {trainer.best_epoch}, validation MSE {trainer.best_loss:.4f}; test MSE '
-          f'{errors.mse.mean():.4f}, MAE {errors.mae.mean():.4f} over {errors.windows:,} windows. '
-          f'Model: {folder / "model"}')
+    with common.locked_folder(folder):
+        if last.exists():
+            if not args.resume:
+                raise UserError(f'{folder} already holds a run: pass --resume to continue it, or another --output')
+            check_same_run(folder / 'args.json', run)
+        common.write_text(folder / 'args.json', json.dumps(run, indent=1) + '\n')
+        say(f'run folder {folder}, on {device}')
+        common_options = dict(split=split, seed=args.seed, device=device, checkpoint=last, resume=args.resume,
+                              all_data=args.all_data, log=say, wrap=progress_bar(args))
+        if start is not None:
+            forecaster = start.fine_tune(panel, training=training, **common_options)
+        else:
+            from vim2.forecasting import fit as train
+            forecaster = train(panel, horizon, lookback, season=args.season, model=options, training=training,
+                               **common_options)
+        kept = {k: v for k, v in {**reading, **policy}.items() if k not in ('name', 'file')}
+        forecaster.info['reading'] = _state(kept)
+        write_table(folder / 'history.csv', pd.DataFrame(forecaster.history), index=False)
+        forecaster.save(folder / 'model')
+    info, report = forecaster.info, forecaster.info['report']
+    say(f'best epoch {info["epoch"]} of {info["epochs"]}, validation MSE {info["val_mse"]:.4f}')
+    say(f'{args.data}, {report["part"]} part of split {split}, step {forecaster.freq}: {report["windows"]:,} windows, '
+        f'look-back {forecaster.lookback}, horizon {forecaster.horizon}')
+    say(errors_table(report))
+    say(f'done. Model: {folder / "model"}')
+
+
+def refuse_with_start(args: argparse.Namespace, start) -> None:
+    given = [n for n in ('target', 'future', 'past', 'static', 'categorical', 'calendar', 'multivariate', 'lookback',
+                         'model_kwargs', 'season') if getattr(args, n)]
+    if given:
+        raise UserError(f'--start and --{given[0].replace("_", "-")} contradict each other: it is that of the model')
+    if args.horizon not in (96, start.horizon):
+        raise UserError(f'--start: the model forecasts {start.horizon} steps, --horizon is {args.horizon}')
+
+
+def check_same_run(path: Path, run: Dict[str, Any]) -> None:
+    try:
+        saved = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'cannot read {path}: {common.one_line(e)}') from None
+    changed = [f'{k}: {saved.get(k)!r} -> {v!r}' for k, v in run.items() if saved.get(k) != v]
+    if changed:
+        raise UserError(f'the run in {path.parent} was started with other options: {"; ".join(changed)}')
+
+
+def errors_table(report: Dict[str, Any]) -> str:
+    """The model beside the naive forecasts, over all steps and at the first one."""
+    names = dict(model='TSM2', last='last value', seasonal='seasonal naive')
+    rows = [('', 'MSE', 'MAE', 'own MSE', 'own MAE', 'MASE', 'MSE step 1')]
+    for kind, name in names.items():
+        e = report['errors'][kind]
+        rows.append((name, f'{e["mse"]:.4f}', f'{e["mae"]:.4f}', f'{e["own_mse"]:.5g}', f'{e["own_mae"]:.5g}',
+                     '–' if e['mase'] is None else f'{e["mase"]:.4f}', f'{report["first_step"][kind]["mse"]:.4f}'))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ['  '.join(f'{c:{w}}' if i == 0 else f'{c:>{w}}' for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    if report.get('coverage'):
+        lines.append(f'the {report["coverage"]["level"]:.0%} interval covers {report["coverage"]["covered"]:.1%}')
+    return '\n'.join(line.rstrip() for line in lines)
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    from vim2.forecasting import SeriesError, Split, Windows, evaluate, read_series, split_series
+    with reported(args):
+        _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from vim2.forecasting import read_series
     common.at_least(args, 1, 'batch_size')
+    if not 0 < args.level < 0.98:
+        raise UserError(f'--level must be above 0 and below 0.98, got {args.level:g}')
     forecaster = open_forecaster(args.model)
-    device = common.check_device(args.device or common.default_device())
-    try:
-        frame = forecaster.select(read_series(args.data, args.date_column), args.data)
-        split = split_series(len(frame), args.split or forecaster.info.get('split') or '0.7/0.1/0.2') \
-            if args.part != 'all' else Split(*[(0, len(frame))] * 3)
-        values = torch.as_tensor(forecaster.scaler.transform(frame.to_numpy()), dtype=torch.float32)
-        part = split.test if args.part == 'all' else getattr(split, args.part)
-        windows = Windows(values, part, forecaster.lookback, forecaster.horizon, args.part)
-    except SeriesError as e:
-        raise UserError(str(e)) from None
-    errors = evaluate(forecaster.model.to(device), windows, args.batch_size, device=device)
+    device = device_of(args)
+    reading, policy = reading_arguments(args, forecaster)
+    frame = read_series(args.data, **reading)
+    found = forecaster.evaluate(frame, args.part, args.split, level=args.level, freq=args.freq, device=device,
+                                batch_size=args.batch_size, name=args.data, file=True, **policy)
+    errors = found.pop('raw')['model']
+    names = forecaster.columns
     if args.errors:
-        write_csv(args.errors, ['step', 'variate', 'mse', 'mae'], [
-            [h + 1, column, errors.mse[h, j].item(), errors.mae[h, j].item()]
-            for h in range(forecaster.horizon) for j, column in enumerate(forecaster.columns)])
-    by_variate = [dict(variate=c, mse=errors.mse[:, j].mean().item(), mae=errors.mae[:, j].mean().item())
-                  for j, c in enumerate(forecaster.columns)]
-    report = dict(model=args.model, data=args.data, part=args.part, windows=errors.windows,
-                  lookback=forecaster.lookback, horizon=forecaster.horizon,
-                  mse=errors.mse.mean().item(), mae=errors.mae.mean().item(),
-                  variates=by_variate,
-                  steps=[dict(step=h + 1, mse=errors.mse[h].mean().item(), mae=errors.mae[h].mean().item())
-                         for h in range(forecaster.horizon)])
+        write_table(args.errors, pd.DataFrame([
+            dict(step=h + 1, variate=c, mse=errors.mse[h, j].item(), mae=errors.mae[h, j].item(),
+                 own_mse=errors.own_mse[h, j].item(), own_mae=errors.own_mae[h, j].item())
+            for h in range(forecaster.horizon) for j, c in enumerate(names)]), index=False)
+    by_variate = [dict(variate=c, **errors.summary(variate=slice(j, j + 1))) for j, c in enumerate(names)]
+    report = dict(model=args.model, data=args.data, **found, lookback=forecaster.lookback, horizon=forecaster.horizon,
+                  mse=found['errors']['model']['mse'], mae=found['errors']['model']['mae'], variates=by_variate,
+                  steps=[dict(step=h + 1, **errors.summary(step=slice(h, h + 1))) for h in range(forecaster.horizon)])
     if args.json:
         common.print_json(report)
         return
-    print(f'{args.data}, {args.part}: {errors.windows:,} windows, look-back {forecaster.lookback}, horizon '
-          f'{forecaster.horizon}, standardised units')
-    width = max(7, *(len(c) for c in forecaster.columns))
-    print(f'{"":{width}}     MSE     MAE')
-    for row in (*by_variate, dict(report, variate='all')):
-        print(f'{row["variate"]:{width}}  {row["mse"]:6.4f}  {row["mae"]:6.4f}')
-    for h in sorted({0, *(round(forecaster.horizon * k / 4) - 1 for k in range(1, 5))} - {-1}):
-        print(f'{"step " + str(h + 1):{width}}  {report["steps"][h]["mse"]:6.4f}  {report["steps"][h]["mae"]:6.4f}')
+    print(f'{args.data} by {args.model}, {args.part} part of split {found["split"]}, step {found["freq"]}: '
+          f'{found["windows"]:,} windows' + (f' ({found["left_out"]:,} left out for a missing value)'
+                                             if found['left_out'] else '') +
+          f', look-back {forecaster.lookback}, horizon {forecaster.horizon}, season {found["season"]}')
+    print(errors_table(found))
+    width = max(7, *(len(c) for c in names))
+    print(f'\n{"":{width}}     MSE     MAE   own MAE')
+    steps = sorted({0, *(round(forecaster.horizon * k / 4) - 1 for k in range(1, 5))} - {-1})
+    for name, row in (*((r['variate'], r) for r in by_variate[:20]), ('all', report | report['errors']['model']),
+                      *((f'step {h + 1}', report['steps'][h]) for h in steps)):
+        print(f'{name:{width}}  {row["mse"]:6.4f}  {row["mae"]:6.4f}  {row["own_mae"]:8.4g}')
 
 
-@series_errors
 def predict(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from vim2.forecasting import read_series
     common.at_least(args, 1, 'history')
     forecaster = open_forecaster(args.model)
-    forecaster.model.to(common.check_device(args.device or common.default_device()))
-    frame = forecaster.select(read_series(args.data, args.date_column), args.data)
-    past = frame
-    if args.after is not None:
-        try:
-            after = pd.Timestamp(args.after)
-        except ValueError:
-            raise UserError(f'--after {args.after!r} is no date') from None
-        past = frame.loc[:after]
-        if not len(past):
-            raise UserError(f'--after {args.after} is before the first date, {frame.index[0]}')
-    columns = args.plot_columns or forecaster.columns[:8]
-    unknown = [c for c in columns if c not in forecaster.columns]
+    forecaster.model.to(device_of(args))
+    reading, policy = reading_arguments(args, forecaster)
+    frame = read_series(args.data, **reading)
+    roles, ids = forecaster.roles, forecaster.roles.id
+    if args.ids:
+        if ids is None or roles.multivariate:
+            raise UserError('--ids: the model was not trained on series that are forecast one by one')
+        known = frame[ids].astype(str)
+        unknown = [i for i in args.ids if i not in set(known)]
+        if unknown:
+            raise UserError(f'--ids: {args.data} has no series {unknown[0]!r}')
+        frame = frame[known.isin(args.ids).to_numpy()]
+    future = read_series(args.future_data, **reading) if args.future_data else None
+    names = forecaster.columns if ids is None else forecaster.ids if roles.multivariate else sorted(
+        set(frame[ids])) if ids in frame else []
+    unknown = [c for c in args.plot_columns or [] if c not in names]
     if unknown:
-        raise UserError(f'--plot-columns: no column {unknown[0]!r}; there are {", ".join(forecaster.columns)}')
-    forecast = forecaster.predict(past, args.freq)
-    write_csv(args.output, [frame.index.name or 'date', *forecast.columns],
-              [[str(date), *row] for date, row in zip(forecast.index, forecast.to_numpy().tolist())])
-    print(f'{len(forecast)} steps of {len(forecast.columns)} variates, {forecast.index[0]} to {forecast.index[-1]}: '
+        raise UserError(f'--plot-columns: no {"column" if ids is None else "series"} {unknown[0]!r}; there are '
+                        f'{", ".join(names[:20])}')
+    forecast = forecaster.predict(frame, future, quantiles=args.quantiles, freq=args.freq, after=args.after,
+                                  name=args.data, file=True, **policy)
+    write_table(args.output, forecast, index_label=frame.index.name or 'date')
+    count = f'{forecaster.horizon} steps of ' + (f'{len(forecaster.columns)} variates' if ids is None else
+                                                 f'{forecast[ids].nunique()} series')
+    print(f'{count} by {args.model}, step {forecaster.freq}, {forecast.index.min()} to {forecast.index.max()}: '
           f'{args.output}')
-    truth = frame.loc[past.index[-1]:].iloc[1:len(forecast) + 1]
-    both = truth.index.intersection(forecast.index)
-    if len(both):
-        error = (forecast.loc[both] - truth.loc[both]) / forecaster.scaler.std
-        print(f'the truth is known for {len(both)} of them: MSE {error.pow(2).to_numpy().mean():.4f}, MAE '
-              f'{error.abs().to_numpy().mean():.4f} in standardised units')
+    keys = [None] if ids is None else list(dict.fromkeys(forecast[ids]))
+    pieces, squares, inside = [], [], []
+    for key in keys:
+        own = frame if key is None else frame[frame[ids].astype(str).to_numpy() == key]
+        ahead = forecast if key is None else forecast[forecast[ids] == key]
+        numbers = own[list(roles.target)].apply(pd.to_numeric, errors='coerce').sort_index()
+        numbers = numbers[~numbers.index.duplicated()]
+        truth = numbers[numbers.index >= ahead.index[0]].dropna(how='all')
+        pieces.append((key, numbers[numbers.index < ahead.index[0]], truth[truth.index <= ahead.index[-1]], ahead))
+        both = truth.index.intersection(ahead.index)
+        k = 0 if ids is None else forecaster.ids.index(key)
+        error = (ahead.loc[both, list(roles.target)] - truth.loc[both]) / forecaster.scaler.std[k]
+        squares.append(error.to_numpy().ravel())
+        if len(args.quantiles) > 1:
+            low, high = (f'_q{q:g}' for q in (min(args.quantiles), max(args.quantiles)))
+            for c in roles.target:
+                inside += ((truth.loc[both, c] >= ahead.loc[both, c + low]) & (
+                    truth.loc[both, c] <= ahead.loc[both, c + high])).tolist()
+    error = pd.Series([e for s in squares for e in s]).dropna()
+    if len(error):
+        steps = max(len(p[2]) for p in pieces)
+        text = f'the truth is known for {steps} of them: MSE {(error ** 2).mean():.4f}, MAE {error.abs().mean():.4f} ' \
+               'in standardised units'
+        print(text + (f'; {sum(inside) / len(inside):.0%} are between the outer quantiles' if inside else ''))
     if args.plot:
-        plot(past.iloc[-(args.history or 2 * forecaster.horizon):], truth, forecast, columns, args.plot)
-        print(f'plot: {args.plot}' + (f' (the first {len(columns)} of {len(forecast.columns)} variates; --plot-columns)'
-                                      if len(columns) < len(forecast.columns) and not args.plot_columns else ''))
+        panels = plot_panels(pieces, roles, args.plot_columns or names[:8], ids)
+        plot(panels, args.history or 2 * forecaster.horizon, args.quantiles, args.plot,
+             f'{Path(args.data).name} by {args.model}, step {forecaster.freq}')
+        shown = len(args.plot_columns or names[:8])
+        print(f'plot: {args.plot}' + (f' (the first {shown} of {len(names)}; --plot-columns)'
+                                      if shown < len(names) and not args.plot_columns else ''))
 
 
-def plot(history, truth, forecast, columns: List[str], path: str) -> None:
-    """One panel per variate: history, truth where it is known, forecast."""
-    import matplotlib
+def plot_panels(pieces, roles, wanted: List[str], ids: Optional[str]) -> List[Tuple[str, Any, Any, Any]]:
+    """Title, history, truth and forecast (columns forecast, q…) of each panel."""
+    out = []
+    for key, history, truth, ahead in pieces:
+        for column in roles.target:
+            title = column if ids is None else key if len(roles.target) == 1 else f'{key}: {column}'
+            if (column if ids is None else key) in wanted:
+                own = ahead[[c for c in ahead.columns if c == column or c.startswith(f'{column}_q')]]
+                own = own.rename(columns=lambda c, n=column: 'forecast' if c == n else c[len(n) + 1:])
+                out.append((title, history[column], truth[column], own))
+    return out
+
+
+def _axes(count: int):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    rows = math.ceil(len(columns) / 2) if len(columns) > 1 else 1
-    figure = Figure(figsize=(13 if len(columns) > 1 else 9, 2.3 * rows + 0.9), layout='constrained')
+    rows = math.ceil(count / 2) if count > 1 else 1
+    figure = Figure(figsize=(13 if count > 1 else 9, 2.3 * rows + 0.9), layout='constrained')
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 2 if len(columns) > 1 else 1, squeeze=False, sharex=True).ravel()
-    for axis, column in zip(axes, columns):
-        axis.plot(history.index, history[column], color='0.35', linewidth=1.1, label='history')
-        if len(truth):
-            # joined to the history, as the forecast is
-            joined = [history[column].iloc[-1], *truth[column]]
-            axis.plot([history.index[-1], *truth.index], joined, color='#1f77b4', linewidth=1.1, label='truth')
-        axis.plot([history.index[-1], *forecast.index], [history[column].iloc[-1], *forecast[column]],
-                  color='#d62728', linewidth=1.4, label='forecast')
-        axis.axvline(history.index[-1], color='0.7', linewidth=0.8, linestyle='--')
-        axis.set_title(column, fontsize=10, loc='left')
-        axis.margins(x=0.01)
-        locator = matplotlib.dates.AutoDateLocator(minticks=3, maxticks=7)
-        axis.xaxis.set_major_locator(locator)
-        axis.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))
-    for axis in axes[len(columns):]:
+    axes = figure.subplots(rows, 2 if count > 1 else 1, squeeze=False, sharex=True).ravel()
+    for axis in axes[count:]:
         axis.set_visible(False)
-    for axis in axes[max(len(columns) - 2, 0):len(columns)]:  # also above an empty place
+    for axis in axes[max(count - 2, 0):count]:  # also above an empty place
         axis.tick_params(labelbottom=True)
+    return figure, axes
+
+
+def _finish(figure, axes, title: str, path: str) -> None:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    for axis in axes:
+        axis.margins(x=0.01)
+        locator = AutoDateLocator(minticks=3, maxticks=7)
+        axis.xaxis.set_major_locator(locator)
+        axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper right', ncols=3, frameon=False)
+    named = dict(zip(labels, handles))
+    figure.legend(named.values(), named.keys(), loc='outside upper right', ncols=len(named), frameon=False)
+    figure.text(0.01, 0.995, title, ha='left', va='top', fontsize=9, color='0.35')
     try:
         common.write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=110, format=Path(path).suffix[1:] or 'png'))
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise UserError(f'cannot write the plot {path}: {common.one_line(e)}') from None
+
+
+def _draw(axis, ahead, start, first: bool) -> None:
+    """A forecast from `start` (date, value) with its intervals, the widest the lightest."""
+    levels = sorted(float(c[1:]) for c in ahead.columns if c.startswith('q') and c != 'q')
+    dates = [start[0], *ahead.index]
+    while len(levels) > 1:
+        low, high = levels[0], levels[-1]
+        axis.fill_between(dates, [start[1], *ahead[f'q{low:g}']], [start[1], *ahead[f'q{high:g}']], color='#d62728',
+                          alpha=0.18, linewidth=0, label=f'{low:g} to {high:g}' if first else None)
+        levels = levels[1:-1]
+    label = 'forecast' if first else None
+    axis.plot(dates, [start[1], *ahead['forecast']], color='#d62728', linewidth=1.4, label=label)
+
+
+def plot(panels, history: int, quantiles: List[float], path: str, title: str) -> None:
+    """One panel per variate or series: history, truth where it is known, forecast and its quantiles."""
+    figure, axes = _axes(len(panels))
+    for axis, (name, past, truth, ahead) in zip(axes, panels):
+        past = past.dropna().iloc[-history:]
+        axis.plot(past.index, past, color='0.35', linewidth=1.1, label='history')
+        start = past.index[-1], past.iloc[-1]
+        if len(truth):  # joined to the history, as the forecast is
+            axis.plot([start[0], *truth.index], [start[1], *truth], color='#1f77b4', linewidth=1.1, label='truth')
+        _draw(axis, ahead, start, True)
+        axis.axvline(start[0], color='0.7', linewidth=0.8, linestyle='--')
+        axis.set_title(name, fontsize=10, loc='left')
+    _finish(figure, axes, title, path)
+
+
+def backtest(args: argparse.Namespace) -> None:
+    from vim2.forecasting import read_series
+    common.at_least(args, 1, 'origins', 'stride')
+    forecaster = open_forecaster(args.model)
+    device = device_of(args)
+    forecaster.model.to(device)
+    reading, policy = reading_arguments(args, forecaster)
+    frame = read_series(args.data, **reading)
+    table = forecaster.backtest(frame, args.origins, args.stride, refit=args.refit, quantiles=args.quantiles,
+                                freq=args.freq, device=device, name=args.data, file=True, log=say, **policy)
+    write_table(args.output, table, index=False)
+    print(f'{args.data} by {args.model}' + (', trained anew for each origin' if args.refit else '') +
+          f', step {forecaster.freq}, horizon {forecaster.horizon}: {len(table):,} forecasts in {args.output}')
+    print(backtest_table(table))
+    if args.plot:
+        ids = forecaster.roles.id
+        key = 'variate' if ids is None else ids
+        names = list(dict.fromkeys(table[key].astype(str)))
+        unknown = [c for c in args.plot_columns or [] if c not in names]
+        if unknown:
+            raise UserError(f'--plot-columns: no {unknown[0]!r}; there are {", ".join(names[:20])}')
+        wanted = args.plot_columns or names[:8]
+        figure, axes = _axes(len(wanted))
+        for axis, name in zip(axes, wanted):
+            own = table[table[key].astype(str) == name]
+            truth = own.drop_duplicates('date').sort_values('date')
+            axis.plot(truth['date'], truth['y'], color='0.35', linewidth=1.1, label='truth')
+            for n, (_, part) in enumerate(own.groupby('fold')):
+                _draw(axis, part.set_index('date'), (part['origin'].iloc[0], part['last'].iloc[0]), n == 0)
+                axis.axvline(part['origin'].iloc[0], color='0.7', linewidth=0.8, linestyle='--')
+            axis.set_title(name, fontsize=10, loc='left')
+        _finish(figure, axes, f'{Path(args.data).name} by {args.model}, step {forecaster.freq}', args.plot)
+        print(f'plot: {args.plot}')
+
+
+def backtest_table(table) -> str:
+    """Errors of each origin in the units of the series, beside the naive forecasts."""
+    import pandas as pd
+    known = table.dropna(subset=['y'])
+    rows = {}
+    for kind in ('forecast', 'last', 'seasonal'):
+        error = known[kind] - known['y']
+        rows[f'MSE {kind}'] = error.pow(2).groupby(known['fold']).mean()
+        rows[f'MAE {kind}'] = error.abs().groupby(known['fold']).mean()
+    levels = sorted(float(c[1:]) for c in table.columns if c.startswith('q') and c[1:2].isdigit())
+    if len(levels) > 1:
+        inside = (known['y'] >= known[f'q{levels[0]:g}']) & (known['y'] <= known[f'q{levels[-1]:g}'])
+        rows[f'{levels[0]:g} to {levels[-1]:g}'] = inside.groupby(known['fold']).mean()
+    out = pd.DataFrame(rows)
+    origins = known.groupby('fold')['origin'].agg(['min', 'nunique'])
+    out.index = [str(a) if n == 1 else f'{a} and later' for a, n in zip(origins['min'], origins['nunique'])]
+    out.loc['all'] = out.mean()
+    return out.to_string(float_format=lambda v: f'{v:.4g}')
 
 
 # ----------------------------------------------------------------------------------------------------------- bench
 
+def read_recipe(path: str) -> Dict[str, Any]:
+    recipe = common.read_recipe(path)
+    unknown = set(recipe) - {'datasets'}
+    if unknown:
+        raise UserError(f'{path}: unknown section {sorted(unknown)[0]!r} (known: datasets)')
+    for name, entry in recipe.get('datasets', {}).items():
+        unknown = set(entry) - {'file', 'split', 'paper', 'dlinear'}
+        if unknown:
+            raise UserError(f'{path}: {name}: unknown entry {sorted(unknown)[0]!r}')
+    return recipe
+
+
 def bench(args: argparse.Namespace) -> None:
+    from vim2.forecasting import Panel, read_series
     common.at_least(args, 1, 'lookback')
     recipe = read_recipe(args.config)
     datasets = args.datasets or list(recipe.get('datasets', {}))
+    for name in datasets:
+        if name not in recipe.get('datasets', {}):
+            raise UserError(f'{args.config} has no data set {name!r}: it has {", ".join(recipe.get("datasets", {}))}')
     common.at_least(argparse.Namespace(horizons=min(args.horizons), seeds=None), 1, 'horizons')
     common.at_least(argparse.Namespace(seeds=min(args.seeds)), 0, 'seeds')
     folder = make_folder(args.output)
-    device = common.check_device(args.device or common.default_device())
-    results, series = [], {}
+    device = device_of(args)
+    results, panels = [], {}
     # the first seed of everything first: a bench that is stopped early has a whole table
     runs = [(seed, horizon, dataset, model) for seed in args.seeds for horizon in args.horizons for dataset in datasets
             for model in args.models]
     for seed, horizon, dataset, model in common.progress(runs, desc='bench', unit='run', disable=args.no_progress):
-        options, training = settings(args, dataset, model, horizon)
+        entry = recipe['datasets'][dataset]
         path = folder / f'{model}-{dataset}-{horizon}-{seed}.json'
-        run = dict(model=model, dataset=dataset, horizon=horizon, seed=seed, training=training,
-                   options=options if MODELS[model] is not None else dict(lookback=options['lookback']))
+        run = bench_options(args, entry, model, dataset, horizon, seed)
         result = read_result(path, run)
         if result is None and not args.table_only:
-            if dataset not in series:
-                entry = recipe['datasets'][dataset]
-                series[dataset] = open_series(str(Path(args.data_dir) / entry['file']), entry['split'])
-            result = dict(run, **bench_run(series[dataset], run, options, device))
+            if dataset not in panels:
+                file = str(Path(args.data_dir) / entry['file'])
+                panels[dataset] = Panel.from_frame(read_series(file), name=file, file=True)
+            result = dict(run, **bench_run(panels[dataset], run, device))
             common.write_text(path, json.dumps(result, indent=1) + '\n')
-            print(f'{model} {dataset} {horizon} seed {seed}: test MSE {result["mse"]:.4f} over {result["windows"]:,} '
-                  f'windows (best epoch {result["best_epoch"]} of {result["epochs"]}, '
-                  f'{common.duration(result["seconds"])})', flush=True)
+            print(f'{model} {dataset} {horizon} seed {seed}: test MSE {result["mse"]:.4f} (last value '
+                  f'{result["last"]["mse"]:.4f}) over {result["windows"]:,} windows (best epoch {result["best_epoch"]} '
+                  f'of {result["epochs"]}, {common.duration(result["seconds"])})', flush=True)
         if result is not None:
             results.append(result)
     if not results:
@@ -475,6 +699,20 @@ def bench(args: argparse.Namespace) -> None:
     text = markdown(rows, args.models)
     common.write_text(folder / 'bench.md', text)
     print(text)
+
+
+def bench_options(args, entry: Dict[str, Any], model: str, dataset: str, horizon: int, seed: int) -> Dict[str, Any]:
+    """One run, as its result names it: TSM2 has one configuration, DLinear what its authors took for the data set."""
+    options, training = model_arguments(args), training_arguments(args)
+    lookback = args.lookback or 512
+    if MODELS[model] is None:
+        theirs = dict(entry.get('dlinear') or {})
+        lookback = args.lookback or theirs.pop('lookback', 336)
+        options, training = {}, {**theirs, **training}
+    else:
+        options = {**options, **MODELS[model]}
+    return dict(model=model, dataset=dataset, horizon=horizon, seed=seed, lookback=lookback, split=entry['split'],
+                options=options, training=training)
 
 
 def read_result(path: Path, run: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -490,12 +728,25 @@ def read_result(path: Path, run: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return result
 
 
-def bench_run(series: Series, run: Dict[str, Any], options: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
-    from vim2.forecasting import evaluate
-    trainer = create_trainer(run['model'], series, run['horizon'], options, run['training'], run['seed'], device)
-    trainer.fit(log=lambda text: None)
-    errors = evaluate(trainer.model, open_windows(series, 'test', options['lookback'], run['horizon']), device=device)
-    return dict(mse=errors.mse.mean().item(), mae=errors.mae.mean().item(), windows=errors.windows,
+def bench_run(panel, run: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
+    from vim2.forecasting import DLinear, evaluate
+    from vim2.forecasting.forecaster import create_model, prepare
+    from vim2.forecasting.training import Trainer
+    setup = prepare(panel, run['horizon'], run['lookback'], split=run['split'], model=run['options'],
+                    training=run['training'])
+    if MODELS[run['model']] is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run['seed'])
+            network = DLinear(len(panel.variates), run['lookback'], run['horizon'])
+    else:
+        network = create_model(setup.options, run['seed'])
+    trainer = Trainer(network, setup.windows['train'], setup.windows['val'], setup.training, run['seed'], device)
+    trainer.fit()
+    test = setup.windows['test']
+    errors = {kind: evaluate(which, test, device=device).summary()
+              for kind, which in (('model', trainer.model), ('last', 'last'), ('seasonal', 'seasonal'))}
+    ours = errors.pop('model')
+    return dict(mse=ours['mse'], mae=ours['mae'], **errors, windows=len(test), center=setup.options['center'],
                 val_mse=trainer.best_loss, best_epoch=trainer.best_epoch, epochs=trainer.epoch, seconds=trainer.seconds,
                 parameters=common.count_parameters(trainer.model))
 
@@ -513,8 +764,8 @@ def table(results: List[Dict[str, Any]], recipe: Dict[str, Any]) -> List[Dict[st
             dataset=dataset, horizon=horizon, model=model, seeds=[r['seed'] for r in group],
             mse=statistics.mean(mse), mse_std=statistics.stdev(mse) if len(mse) > 1 else None,
             mae=statistics.mean(r['mae'] for r in group), val_mse=statistics.mean(r['val_mse'] for r in group),
-            windows=group[0]['windows'], parameters=group[0]['parameters'],
-            seconds=statistics.mean(r['seconds'] for r in group), paper=paper,
+            last=group[0]['last']['mse'], seasonal=group[0]['seasonal']['mse'], windows=group[0]['windows'],
+            parameters=group[0]['parameters'], seconds=statistics.mean(r['seconds'] for r in group), paper=paper,
             ratio=statistics.mean(mse) / paper if paper else None))
     order = {name: i for i, name in enumerate(recipe['datasets'])}
     return sorted(rows, key=lambda r: (order[r['dataset']], r['horizon'], list(MODELS).index(r['model'])))
@@ -524,8 +775,8 @@ def markdown(rows: List[Dict[str, Any]], models: List[str]) -> str:
     """The test MSE of each model in columns, mean ± deviation over seeds, and the first model over the paper."""
     first = models[0]
     cells = {(r['dataset'], r['horizon'], r['model']): r for r in rows}
-    lines = ['| data | horizon | test windows | paper | ' + ' | '.join(models) + f' | {first} / paper |',
-             '|---|---|---|---|' + '---|' * len(models) + '---|']
+    lines = ['| data | horizon | test windows | last value | seasonal naive | paper | ' + ' | '.join(models) +
+             f' | {first} / paper |', '|---|---|---|---|---|---|' + '---|' * len(models) + '---|']
     ratios = []
     for dataset, horizon in dict.fromkeys((r['dataset'], r['horizon']) for r in rows):
         group = [cells.get((dataset, horizon, m)) for m in models]
@@ -535,7 +786,8 @@ def markdown(rows: List[Dict[str, Any]], models: List[str]) -> str:
         ratio = group[0]['ratio'] if group[0] else None
         if ratio is not None:
             ratios.append(ratio)
-        lines.append(f'| {dataset} | {horizon} | {some["windows"]:,} | {some["paper"] or "–"} | ' + ' | '.join(texts) +
+        lines.append(f'| {dataset} | {horizon} | {some["windows"]:,} | {some["last"]:.4f} | {some["seasonal"]:.4f} | '
+                     f'{some["paper"] or "–"} | ' + ' | '.join(texts) +
                      f' | {"–" if ratio is None else f"{ratio:.3f}"} |')
     if ratios:
         lines.append(f'\nMean ratio of {first} over {len(ratios)} cells {statistics.mean(ratios):.3f}, largest '
@@ -546,7 +798,8 @@ def markdown(rows: List[Dict[str, Any]], models: List[str]) -> str:
 def main() -> None:
     args = get_parser().parse_args()
     pandas_forecasting()
-    dict(fit=fit, evaluate=evaluate_command, predict=predict, bench=bench)[args.command](args)
+    with reported(args):
+        dict(fit=fit, evaluate=_evaluate, predict=predict, backtest=backtest, bench=bench)[args.command](args)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,14 @@
-"""Forecasting with TSM2: series, windows and splits, errors, baselines. Needs pandas (extra `forecast`)."""
+"""Forecasting with TSM2: reading series, training, forecasts, errors. Needs pandas (extra `forecast`)."""
 from .baselines import DLinear
-from .data import Scaler, SeriesError, Split, Windows, check_series, frequency, future_index, read_series, split_series
-from .forecaster import Forecaster
+from .errors import SeriesError, SeriesWarning
+from .forecaster import Forecaster, fit
+from .grid import frequency, future_index
+from .intervals import Intervals
 from .metrics import Errors, evaluate
+from .panel import Columns, Panel
+from .reading import parse_dates, read_series
+from .windows import Scaler, Split, Windows, split_series
 
-__all__ = ['DLinear', 'Errors', 'Forecaster', 'Scaler', 'SeriesError', 'Split', 'Windows', 'check_series', 'evaluate',
-           'frequency', 'future_index', 'read_series', 'split_series']
+__all__ = ['Columns', 'DLinear', 'Errors', 'Forecaster', 'Intervals', 'Panel', 'Scaler', 'SeriesError', 'SeriesWarning',
+           'Split', 'Windows', 'evaluate', 'fit', 'frequency', 'future_index', 'parse_dates', 'read_series',
+           'split_series']

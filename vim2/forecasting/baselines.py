@@ -19,10 +19,8 @@ class DLinear(nn.Module):
             kernel: steps of the moving average, odd; the ends are padded with their own value.
         """
         super().__init__()
-        self.kernel = kernel
+        self.lookback, self.horizon, self.kernel = lookback, horizon, kernel
         self.trend, self.seasonal = nn.Linear(lookback, horizon), nn.Linear(lookback, horizon)
-        for linear in (self.trend, self.seasonal):  # as the reference code starts: the mean of the look-back
-            nn.init.constant_(linear.weight, 1 / lookback)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2)

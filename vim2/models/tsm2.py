@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vim2 import pretrained
 from vim2.layers import SelectiveTokenMixer, WeightedAverage
@@ -149,6 +150,7 @@ class TSM2(
             static_dim: int = 0,
             future_dim: int = 0,
             future_len: Optional[int] = None,
+            past_dim: int = 0,
             variate_mixer: str = 's6',
             mlp_ratio: float = 4.,
             weighted_average: bool = True,
@@ -175,7 +177,9 @@ class TSM2(
             expand: inner width of the mixers over d.
             static_dim: static features of a variate, C_S; 0 for none.
             future_dim: features known for the future, C_Z, at each step and variate; 0 for none.
-            future_len: steps for which they are given, T_Z. Default: horizon.
+            future_len: steps for which they are given, T_Z. Default: horizon. Their projection has T_Z * C_Z * T weights;
+                what is known of them over the look-back belongs into `past`, at a cost that is linear in T.
+            past_dim: features known over the look-back, C_P, at each step and variate; 0 for none.
             variate_mixer: 's6', or 'mlp' for a perceptron over the variates in its place (TSM2-MLP), or 'none' for no
                 mixing of the variates.
             mlp_ratio: hidden width of that perceptron over M.
@@ -204,6 +208,7 @@ class TSM2(
         self.static_dim = static_dim
         self.future_dim = future_dim
         self.future_len = future_len or horizon
+        self.past_dim = past_dim
         self.weighted_average = weighted_average
         self.pad = patch_len - lookback if lookback < patch_len else -(lookback - patch_len) % stride
         per_segment = (lookback + self.pad - patch_len) // stride + 1
@@ -218,6 +223,8 @@ class TSM2(
         if static_dim:
             self.static_proj = nn.Linear(static_dim, lookback, **dd)
         self.patch_embed = nn.Linear(patch_len, d_model, **dd)
+        if past_dim:  # added to the patches of the same steps
+            self.past_embed = nn.Linear(patch_len * past_dim, d_model, bias=False, **dd)
         self.embed_drop = nn.Dropout(drop_rate)
 
         blocks = []
@@ -238,6 +245,10 @@ class TSM2(
         self.head_drop = nn.Dropout(head_drop_rate)
         self.head = nn.Linear(self.num_patches * d_model, horizon, **dd)
         self.blocks.apply(self._init_weights)
+        # The first forecast is the centre of the window. A random head adds noise to every step that takes longer to
+        # unlearn than there are steps before the network overfits (docs/forecasting.md, Training).
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     @classmethod
     def _from_pretrained(
@@ -274,13 +285,14 @@ class TSM2(
         return {n for n, p in self.named_parameters()
                 if p.ndim <= 1 or n.endswith('.bias') or '.norm.' in n or n.rpartition('.')[2] in s6}
 
-    def _check(self, x: Tensor, static: Optional[Tensor], future: Optional[Tensor]) -> None:
+    def _check(self, x: Tensor, static: Optional[Tensor], future: Optional[Tensor], past: Optional[Tensor]) -> None:
         T, M = self.lookback, self.num_variates
         if x.ndim != 3 or x.shape[1:] != (T, M):
             raise ValueError(f'TSM2: x must be (batch, lookback {T}, variates {M}), got {tuple(x.shape)}')
         for name, value, dim, shape in (
                 ('static', static, self.static_dim, (M, self.static_dim)),
-                ('future', future, self.future_dim, (M, self.future_len, self.future_dim))):
+                ('future', future, self.future_dim, (M, self.future_len, self.future_dim)),
+                ('past', past, self.past_dim, (M, T, self.past_dim))):
             if (value is None) != (dim == 0):
                 raise ValueError(f'TSM2: {name} inputs ' + (f'are missing ({name}_dim is {dim})' if value is None else
                                                             f'were given, but {name}_dim is 0'))
@@ -289,34 +301,39 @@ class TSM2(
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, M, T) to (B, M, patches, patch_len)."""
-        if self.pad:
-            x = torch.cat([x[..., :1].expand(-1, -1, self.pad), x], dim=-1)
-        return x.unfold(-1, self.patch_len, self.stride)
+        return F.pad(x, (self.pad, 0), mode='replicate').unfold(-1, self.patch_len, self.stride)
 
-    def forward(self, x: Tensor, static: Optional[Tensor] = None, future: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, static: Optional[Tensor] = None, future: Optional[Tensor] = None,
+                past: Optional[Tensor] = None) -> Tensor:
         """
         Args:
             x: (B, lookback, M).
             static: (B, M, static_dim), if the model has static inputs.
             future: (B, M, future_len, future_dim), if it has future ones.
+            past: (B, M, lookback, past_dim), if it has ones beside the look-back.
 
         Returns:
             (B, horizon, M), in the units of x.
         """
-        self._check(x, static, future)
+        self._check(x, static, future, past)
         if self.instance_norm is not None:
             center, scale = self.instance_norm.statistics(x)
             x = self.instance_norm.normalize(x, center, scale)
-        segments = [self._patches(x.transpose(1, 2))]
+        patches = self.patch_embed(self._patches(x.transpose(1, 2)))
+        if past is not None:
+            B, M, T, C = past.shape
+            beside = self._patches(past.permute(0, 1, 3, 2).reshape(B, M * C, T)).unflatten(1, (M, C))
+            patches = patches + self.past_embed(beside.permute(0, 1, 3, 2, 4).flatten(3))  # (B, M, P, C * patch_len)
+        segments = [patches]
         # The paper's input is x || Z_proj || S_proj, 3T long; each part is cut into patches of its own.
         if future is not None:
             B, M, L, C = future.shape
             mixed = future.transpose(1, 2).reshape(B * L, M, C)
             mixed = (mixed + self.future_mixer(mixed)).reshape(B, L, M, C).transpose(1, 2)
-            segments.append(self._patches(self.future_proj(mixed.flatten(2))))
+            segments.append(self.patch_embed(self._patches(self.future_proj(mixed.flatten(2)))))
         if static is not None:
-            segments.append(self._patches(self.static_proj(static)))
-        x = self.embed_drop(self.patch_embed(segments[0] if len(segments) == 1 else torch.cat(segments, dim=2)))
+            segments.append(self.patch_embed(self._patches(self.static_proj(static))))
+        x = self.embed_drop(segments[0] if len(segments) == 1 else torch.cat(segments, dim=2))
 
         ys = [x]
         for i, block in enumerate(self.blocks):
