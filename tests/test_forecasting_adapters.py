@@ -54,7 +54,7 @@ def test_neuralforecast_learns_and_predicts(TSM2):
     model = TSM2(h=12, input_size=24, n_series=3, max_steps=60, learning_rate=1e-2, windows_batch_size=16,
                  **NETWORK, **QUIET)
     assert isinstance(model.network, Network) and (TSM2.MULTIVARIATE, TSM2.EXOGENOUS_FUTR, TSM2.EXOGENOUS_STAT,
-                                                   TSM2.EXOGENOUS_HIST) == (True, True, True, False)
+                                                   TSM2.EXOGENOUS_HIST) == (True, True, True, True)
     nf = NeuralForecast([model], freq='h')
     nf.fit(train)
     forecast = nf.predict()
@@ -72,7 +72,7 @@ def test_neuralforecast_saves_and_loads_with_exogenous_inputs(TSM2, tmp_path):
     static = pd.DataFrame(dict(unique_id=['x', 'y', 'z'], size=[0.1, -0.2, 0.3], kind=[1., 0., 1.]))
     model = TSM2(h=10, input_size=16, n_series=3, futr_exog_list=['known'], stat_exog_list=['size', 'kind'],
                  max_steps=80, learning_rate=2e-2, windows_batch_size=32, dropout=0., **NETWORK, **QUIET)
-    assert (model.network.static_dim, model.network.future_dim, model.network.future_len) == (2, 1, 26)
+    assert (model.network.static_dim, model.network.future_dim, model.network.future_len) == (2, 1, 10)
     nf = NeuralForecast([model], freq='h')
     nf.fit(train, static_df=static)
     futr = ahead.drop(columns='y')
@@ -97,9 +97,52 @@ def test_neuralforecast_quantiles(TSM2):
     torch.testing.assert_close(y.reshape(2, 4, 3, 3), inner.transpose(2, 3))
 
 
-def test_neuralforecast_refuses_past_only_inputs(TSM2):
-    with pytest.raises(Exception, match='[Hh]istor'):
-        TSM2(h=4, input_size=16, n_series=3, hist_exog_list=['temperature'], **NETWORK, **QUIET)
+def test_neuralforecast_inputs_reach_the_network(TSM2):
+    """Look-back and horizon of what is known ahead, and what is known up to the present, each in its place."""
+    model = TSM2(h=4, input_size=16, n_series=3, futr_exog_list=['a'], hist_exog_list=['b', 'c'], **NETWORK,
+                 **QUIET).eval()
+    x, futr, hist = torch.randn(2, 16, 3), torch.randn(2, 1, 20, 3), torch.randn(2, 2, 16, 3)
+    y = model(dict(insample_y=x, stat_exog=None, futr_exog=futr, hist_exog=hist))
+    past = torch.stack([futr[:, 0, :16], hist[:, 0], hist[:, 1]], -1).transpose(1, 2)
+    expected = model.network(x, None, futr[:, 0, 16:].transpose(1, 2)[..., None], past)
+    torch.testing.assert_close(y, expected)
+
+
+def test_neuralforecast_defaults_are_those_of_fit(TSM2):
+    import inspect
+
+    from vim2.forecasting.training import MODEL, TRAINING
+    defaults = {n: p.default for n, p in inspect.signature(TSM2.__init__).parameters.items()}
+    names = dict(drop_rate='dropout', head_drop_rate='head_dropout')
+    assert {n: defaults[names.get(n, n)] for n in MODEL} == MODEL
+    assert (defaults['learning_rate'], defaults['windows_batch_size']) == (TRAINING['lr'], TRAINING['batch_size'])
+    assert TSM2(h=4, input_size=40, n_series=2, **QUIET).network.patch_len == 8
+
+
+def test_neuralforecast_says_which_number_of_series_it_has(TSM2):
+    from neuralforecast import NeuralForecast
+    frame = long_frame()
+    model = TSM2(h=4, input_size=16, n_series=3, max_steps=1, **NETWORK, **QUIET)
+    nf = NeuralForecast([model], freq='h')
+    with pytest.raises(ValueError, match=r'forecasts 3 series together \(n_series\), the data has 2'):
+        nf.fit(frame[frame.unique_id != 'z'])
+    nf.fit(frame)
+    with pytest.raises(ValueError, match='the data has 1'):
+        nf.predict(frame[frame.unique_id == 'x'])
+
+
+def test_auto_tsm2(TSM2):
+    from vim2.forecasting.neuralforecast import AutoTSM2
+    space = AutoTSM2.get_default_config(h=12, backend='ray', n_series=3)
+    assert set(space['input_size'].categories) == {24, 48, 96, 192} and 'input_size_multiplier' not in space
+    from neuralforecast import NeuralForecast
+    config = dict(input_size=16, max_steps=2, learning_rate=1e-2, random_seed=1, **NETWORK, **QUIET)
+    auto = AutoTSM2(h=4, n_series=3, config=lambda trial: dict(config, n_series=3), backend='optuna', num_samples=1)
+    nf = NeuralForecast([auto], freq='h')
+    nf.fit(long_frame(), val_size=8)
+    assert type(auto.model) is TSM2 and len(nf.predict()) == 12
+    with pytest.raises(ValueError, match="config needs 'n_series': 3"):
+        AutoTSM2(h=4, n_series=3, config=lambda trial: dict(config, n_series=2), backend='optuna')
 
 
 def test_darts(TSM2):

@@ -1,17 +1,20 @@
-"""tools/forecast.py: training and its exact continuation, errors, forecasts, plots, the benchmark's table."""
+"""tools/forecast.py: training and its exact continuation, errors, forecasts, plots, bad files, the table."""
+import contextlib
+import io
 import json
 import statistics
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from test_forecasting_reading import bad_tables
 
-import _forecasting
 import forecast
-from _common import UserError
-from vim2.forecasting import Forecaster, read_series
+from vim2.forecasting import Forecaster, SeriesWarning, read_series
+from vim2.forecasting.training import Trainer
 from vim2.models import TSM2
 
 SMALL = ['--lookback', '32', '--model-kwargs', 'patch_len=8', 'stride=8', 'd_model=8', 'd_state=2',
@@ -36,39 +39,63 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory, data):
-    """A finished run of fit: its folder and what it printed."""
-    import contextlib
-    import io
-    import sys
-
+def command(*arguments):
+    """A finished command of a fixture: what it printed."""
     import _common
-    folder = tmp_path_factory.mktemp('runs') / 'run'
     out, argv = io.StringIO(), sys.argv
-    sys.argv = ['forecast.py', 'fit', str(data), *SMALL, '--horizon', '8', '--epochs', '4', '--lr', '0.01', '--output',
-                str(folder)]
+    sys.argv = ['forecast.py', *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_:
             _common.run(forecast.main)
     finally:
         sys.argv = argv
     assert exit_.value.code == 0, out.getvalue()
-    return folder, out.getvalue()
+    return out.getvalue()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, data):
+    """A finished run of fit: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp('runs') / 'run'
+    return folder, command('fit', data, *SMALL, '--horizon', 8, '--epochs', 4, '--lr', 0.01, '--output', folder)
+
+
+@pytest.fixture(scope='module')
+def shops(tmp_path_factory):
+    """A table of two shops with a promotion that tells the sales, its future, and a run trained on it."""
+    folder = tmp_path_factory.mktemp('shops')
+    rng = np.random.default_rng(0)
+    frames = []
+    for n, name in enumerate(('north', 'south')):
+        promo = rng.integers(0, 2, 168)
+        frames.append(pd.DataFrame(dict(shop=name, day=pd.date_range('2023-01-01', periods=168).strftime('%d.%m.%Y'),
+                                        sales=10 * (n + 1) + 5 * promo + 0.2 * rng.standard_normal(168), promo=promo,
+                                        region='NS'[n])))
+    whole = pd.concat(frames)
+    last = whole.groupby('shop').cumcount() >= 160
+    whole[~last].to_csv(folder / 'sales.csv', index=False, sep=';', decimal=',')
+    whole[last].drop(columns='sales').to_csv(folder / 'plan.csv', index=False, sep=';', decimal=',')
+    out = command('fit', folder / 'sales.csv', '--id-column', 'shop', '--date-column', 'day', '--target', 'sales',
+                  '--future', 'promo', '--static', 'region', '--calendar', '--separator', ';', '--decimal', ',',
+                  '--horizon', 8, *SMALL, '--lookback', 16, '--epochs', 8, '--steps', 12, '--lr', 0.01, '--output',
+                  folder / 'run')
+    return folder, whole, last, out
 
 
 def test_fit(run, data):
     folder, out = run
-    assert sorted(p.name for p in folder.iterdir()) == ['args.json', 'history.csv', 'last.pth.tar', 'model']
-    assert sorted(p.name for p in (folder / 'model').iterdir()) == [
-        'README.md', 'config.json', 'forecaster.json', 'model.safetensors']
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')) == [
+        'args.json', 'history.csv', 'last.pth.tar', 'model']
     history = pd.read_csv(folder / 'history.csv')
-    assert list(history.epoch) == [0, 1, 2, 3]
+    assert list(history.columns) == ['epoch', 'train_loss', 'val_mse'] and len(history) == 4
     assert history.val_mse.iloc[-1] < 0.8 * history.val_mse.iloc[0]
-    assert '241 training and 33 validation windows' in out and 'over 73 windows' in out
+    # what it is, what it is of, and what it is worth
+    for text in ('241 training and 33 validation windows', 'test part of split auto, step h: 73 windows',
+                 'look-back 32', 'last value', 'seasonal naive', 'MASE', 'the 80% interval covers'):
+        assert text in out, text
     forecaster = Forecaster.load(folder / 'model')
     frame = read_series(data)
-    np.testing.assert_allclose(forecaster.scaler.mean, frame.to_numpy()[:280].mean(0))  # of the training part alone
+    np.testing.assert_allclose(forecaster.scaler.mean[0], frame.to_numpy()[:280].mean(0))  # of the training part alone
     assert forecaster.columns == ['a', 'b', 'c'] and forecaster.freq == 'h'
     assert TSM2.from_pretrained(str(folder / 'model')).horizon == 8
 
@@ -76,14 +103,14 @@ def test_fit(run, data):
 def test_resume_is_exact(run, data, tool, tmp_path, monkeypatch):
     folder = tmp_path / 'run'
     arguments = ['fit', data, *SMALL, '--horizon', '8', '--lr', '0.01', '--output', folder, '--epochs', '4']
-    train_epoch = _forecasting.Trainer.train_epoch
+    train_epoch = Trainer.train_epoch
 
-    def killed(self, progress):
+    def killed(self, wrap):
         if self.epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(self, progress)
+        return train_epoch(self, wrap)
 
-    monkeypatch.setattr(_forecasting.Trainer, 'train_epoch', killed)
+    monkeypatch.setattr(Trainer, 'train_epoch', killed)
     assert tool('forecast', *arguments).code == 130
     monkeypatch.undo()
     assert not (folder / 'model').exists()
@@ -100,20 +127,7 @@ def test_resume_is_exact(run, data, tool, tmp_path, monkeypatch):
     assert (run[0] / 'model' / 'model.safetensors').read_bytes() == (folder / 'model/model.safetensors').read_bytes()
     (folder / 'last.pth.tar').write_bytes(b'junk')
     result = tool('forecast', *arguments, '--resume')
-    assert result.code == 2 and 'cannot read the checkpoint' in result.err
-
-
-def test_seed_and_early_stop(data, tool, tmp_path):
-    """Another seed gives other weights; without progress the run ends, and the best weights are kept."""
-    histories = []
-    for seed in (0, 1):
-        folder = tmp_path / str(seed)
-        result = tool('forecast', 'fit', data, *SMALL, '--horizon', '8', '--epochs', '9', '--steps', '1', '--lr', '0',
-                      '--ema-decay', '0', '--patience', '2', '--output', folder, '--seed', seed)
-        assert result.code == 0, result.err
-        histories.append(pd.read_csv(folder / 'history.csv').val_mse)
-        assert len(histories[-1]) == 3 and 'best epoch 0' in result.out
-    assert histories[0][0] != histories[1][0]
+    assert result.code == 2 and 'cannot continue from' in result.err
 
 
 def test_evaluate(run, data, tool, tmp_path):
@@ -122,33 +136,31 @@ def test_evaluate(run, data, tool, tmp_path):
     assert result.code == 0, result.err
     report = json.loads(result.out)
     assert report['windows'] == 80 - 8 + 1
-    assert f'test MSE {report["mse"]:.4f}, MAE {report["mae"]:.4f}' in run[1]  # as fit measured it
+    assert (report['split'], report['part'], report['freq']) == ('auto', 'test', 'h')
+    assert f'{report["mse"]:.4f}  {report["mae"]:.4f}' in run[1]  # as fit measured it
     errors = pd.read_csv(tmp_path / 'e.csv')
     assert len(errors) == 8 * 3 and set(errors.variate) == {'a', 'b', 'c'}
     assert errors.mse.mean() == pytest.approx(report['mse'])
     by_step = errors.groupby('step').mse.mean()
     assert [s['mse'] for s in report['steps']] == pytest.approx(list(by_step))
-    assert [v['mse'] for v in report['variates']] == pytest.approx(list(errors.groupby('variate').mse.mean()))
-    # the same, by hand, over every window
-    forecaster, frame = Forecaster.load(model), read_series(data)
-    z = forecaster.scaler.transform(frame.to_numpy())
-    squares = [(forecaster.scaler.transform(forecaster.predict(frame.iloc[:i]).to_numpy()) - z[i:i + 8]) ** 2
-               for i in range(320, 393)]
-    assert np.mean(squares) == pytest.approx(report['mse'], rel=1e-4)
-    text = tool('forecast', 'evaluate', data, '--model', model, '--part', 'all').out
-    assert '361 windows' in text and 'step 8' in text and f'{"all":7}' in text
+    assert [v['own_mse'] for v in report['variates']] == pytest.approx(list(errors.groupby('variate').own_mse.mean()))
+    assert report['errors']['last']['mse'] > report['mse'] and 0 < report['coverage']['covered'] <= 1
+    result = tool('forecast', 'evaluate', data, '--model', model, '--part', 'all')
+    assert '361 windows' in result.out and 'step 8' in result.out and 'split auto, step h' in result.out
+    assert str(model) in result.out and 'last value' in result.out and 'seasonal naive' in result.out
 
 
 def test_predict(run, data, tool, tmp_path):
     result = tool('forecast', 'predict', data, '--model', run[0] / 'model', '--output', tmp_path / 'f.csv',
-                  '--plot', tmp_path / 'f.png')
+                  '--plot', tmp_path / 'f.png', '--quantiles', 0.1, 0.9)
     assert result.code == 0, result.err
     table = read_series(tmp_path / 'f.csv')
     frame = read_series(data)
-    assert list(table.columns) == ['a', 'b', 'c'] and len(table) == 8
+    assert list(table.columns) == [*'abc', *(f'{c}_q{q}' for q in (0.1, 0.9) for c in 'abc')] and len(table) == 8
     assert table.index[0] == frame.index[-1] + pd.Timedelta('1h')
-    pd.testing.assert_frame_equal(table, Forecaster.load(run[0] / 'model').predict(frame), check_freq=False)
-    assert 'truth' not in result.out
+    pd.testing.assert_frame_equal(table, Forecaster.load(run[0] / 'model').predict(frame, quantiles=[0.1, 0.9]),
+                                  check_freq=False)
+    assert 'truth' not in result.out and 'step h' in result.out and str(run[0] / 'model') in result.out
     image = (tmp_path / 'f.png').read_bytes()
     assert image.startswith(b'\x89PNG') and len(image) > 10_000
 
@@ -168,48 +180,187 @@ def test_predict_after_a_date(run, data, tool, tmp_path):
     assert result.code == 0 and 'known for 3 of them' in result.out
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda f: f.assign(b=f.b.mask(f.index == f.index[9])), r"row 10 (line 11 of the file), column 'b': the value is "
-                                                            "missing (NaN)"),
-    (lambda f: f.assign(a=f.a.astype(object).where(f.index != f.index[3], 'n/a?')),
-     "row 4 (line 5 of the file), column 'a': 'n/a?' is no finite number"),
-    (lambda f: f.iloc[[0, 1, 1, *range(2, 300)]], 'is the date of the row before again'),
-    (lambda f: f.iloc[::-1], 'sort the series'),
-    (lambda f: f[['a', 'c']], "has 2 variates ('a', 'c'), the forecaster was trained on 3: it lacks 'b'"),
+def test_panel_with_covariates(shops, tool, tmp_path):
+    """What was said about the file in training need not be said again."""
+    folder, whole, last, out = shops
+    assert '2 series, 1 variates, step D' in out
+    assert 'which is the only way that all are dates' in out  # 13.01.2023
+    arguments = ['--model', folder / 'run/model', '--output', tmp_path / 'f.csv']
+    result = tool('forecast', 'predict', folder / 'sales.csv', *arguments, '--future-data', folder / 'plan.csv',
+                  '--quantiles', 0.1, 0.9, '--plot', tmp_path / 'f.png')
+    assert result.code == 0, result.err
+    assert "note: read as in training: date-column day, separator ;, decimal ," in result.out
+    table = pd.read_csv(tmp_path / 'f.csv')
+    assert list(table.columns) == ['day', 'shop', 'sales', 'sales_q0.1', 'sales_q0.9'] and len(table) == 16
+    truth = whole[last].reset_index(drop=True)
+    assert table.day.tolist() == [f'2023-06-{d:02d}' for d in range(10, 18)] * 2
+    assert ((table.sales - truth.sales) ** 2).mean() < 2  # of 6.25 that the promotion brings
+    result = tool('forecast', 'predict', folder / 'sales.csv', *arguments)
+    assert result.code == 2 and '(promo) of \'north\' are not all known at 2023-06-10 00:00:00' in result.err
+    assert '--future-data' in result.err
+    result = tool('forecast', 'predict', folder / 'sales.csv', *arguments, '--after', '2023-05-20', '--ids', 'south')
+    assert result.code == 0 and 'of 1 series' in result.out and 'known for 8 of them' in result.out
+    result = tool('forecast', 'evaluate', folder / 'sales.csv', '--model', folder / 'run/model', '--json')
+    report = json.loads(result.out)
+    assert report['mse'] < 0.5 * report['errors']['seasonal']['mse'] and 'read as in training' in result.err
+
+
+def test_backtest(shops, run, data, tool, tmp_path):
+    result = tool('forecast', 'backtest', data, '--model', run[0] / 'model', '--origins', 3, '--quantiles', 0.1, 0.9,
+                  '--output', tmp_path / 'b.csv', '--plot', tmp_path / 'b.png')
+    assert result.code == 0, result.err
+    table = pd.read_csv(tmp_path / 'b.csv')
+    assert len(table) == 3 * 8 * 3 and 'MSE seasonal' in result.out and '0.1 to 0.9' in result.out
+    mse = ((table.forecast - table.y) ** 2).mean()
+    assert f'{mse:.4g}' in result.out.splitlines()[-2]
+    assert (tmp_path / 'b.png').read_bytes().startswith(b'\x89PNG')
+    folder = shops[0]
+    result = tool('forecast', 'backtest', folder / 'sales.csv', '--model', folder / 'run/model', '--origins', 2,
+                  '--output', tmp_path / 'b.csv', '--plot', tmp_path / 'b.png')
+    assert result.code == 0 and set(pd.read_csv(tmp_path / 'b.csv').shop) == {'north', 'south'}, result.err
+
+
+def test_fine_tune(run, data, tool, tmp_path):
+    result = tool('forecast', 'fit', data, '--start', run[0] / 'model', '--epochs', 1, '--steps', 2, '--output',
+                  tmp_path / 'run', '--device', 'cpu')
+    assert result.code == 0, result.err
+    history = pd.read_csv(tmp_path / 'run/history.csv')
+    assert history.val_mse.iloc[0] < 1.1 * pd.read_csv(run[0] / 'history.csv').val_mse.min()
+    for option in (['--calendar'], ['--lookback', 64], ['--horizon', 24]):
+        result = tool('forecast', 'fit', data, '--start', run[0] / 'model', *option, '--output', tmp_path / 'other')
+        assert result.code == 2 and '--start' in result.err
+
+
+def test_warnings_are_lines(data, tool, tmp_path):
+    rng = np.random.default_rng(0)
+    pd.DataFrame({'a': rng.standard_normal(150).cumsum()}, pd.date_range('2020', periods=150, name='date')).to_csv(
+        tmp_path / 'walk.csv')
+    result = tool('forecast', 'fit', tmp_path / 'walk.csv', '--horizon', 5, *SMALL, '--lookback', 20, '--epochs', 1,
+                  '--steps', 1, '--lr', 1e-5, '--output', tmp_path / 'run')
+    assert result.code == 0
+    lines = result.err.splitlines()
+    assert all(line.startswith('warning: ') for line in lines)
+    assert any('--lookback or --horizon' in line for line in lines) and any('loses to' in line for line in lines)
+    assert SeriesWarning('more ⟨epochs⟩').command_line() == 'more --epochs'
+
+
+# ----------------------------------------------------------------------------------------------------------- bad files
+
+def change(lines):
+    """BODY of a file of 100 hours with other lines: a function of the lines of the good one."""
+    frame = pd.DataFrame({'a': np.arange(100.), 'b': np.sin(np.arange(100.))},
+                         pd.date_range('2020-01-01', periods=100, freq='h', name='date'))
+    text = frame.to_csv().splitlines()
+    return ('\n'.join(lines(text)) + '\n').encode()
+
+
+def with_line(i, line):
+    return lambda text: [*text[:i], line, *text[i + 1:]]
+
+
+BAD = {
+    **{name: (*content, None) for name, content in bad_tables().items()},
+    'empty value': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,,1')), '--missing'),
+    'text': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,oops,1')), '--na'),
+    'infinite': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,inf,1')), 'row 3 (line 4 of the file)'),
+    'too large': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,1e999,1')), 'row 3'),
+    'sentinel': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,-9999,1')), '--na -9999'),
+    'comma': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,"1,5",1')), "--decimal ','"),
+    'thousands': ('x.csv', change(with_line(3, '2020-01-01 02:00:00,"1,234.5",1')), "--thousands ','"),
+    'gap': ('x.csv', change(lambda t: t[:20] + t[21:]), '--gaps'),
+    'duplicate': ('x.csv', change(lambda t: t[:20] + t[19:]), '--duplicates'),
+    'descending': ('x.csv', change(lambda t: [t[0], *t[:0:-1]]), '--sort'),
+    'one out of order': ('x.csv', change(lambda t: [*t[:10], t[11], t[10], *t[12:]]), '--sort'),
+    'no date': ('x.csv', change(with_line(5, 'total,1,2')), 'column \'date\''),
+    'empty date': ('x.csv', change(with_line(5, ',1,2')), 'is no date'),
+    'ambiguous dates': ('x.csv', b'date,a\n01/02/2020,1\n02/02/2020,2\n', '--day-first'),
+    'two digits': ('x.csv', b'date,a\n01/02/20,1\n02/02/20,2\n', '--date-format'),
+    'both orders': ('x.csv', b'date,a\n13/02/2020,1\n02/14/2020,2\n', 'other way round'),
+    'yyyymmdd': ('x.csv', b'date,a\n20200101,1\n20200102,2\n', '--integer-dates yyyymmdd'),
+    'epoch': ('x.csv', b'date,a\n1577836800,1\n1577840400,2\n', '--integer-dates s'),
+    'years': ('x.csv', b'date,a\n2019,1\n2020,2\n', '--integer-dates year'),
+    'offset in one row': ('x.csv', change(with_line(3, '2020-01-01 02:00:00Z,1,1')), 'offset'),
+    'impossible day': ('x.csv', change(with_line(3, '2020-02-30 02:00:00,1,1')), 'is no date'),
+    'uneven': ('x.csv', b'date,a\n' + b''.join(
+        b'2020-01-01 00:%02d:%02d,1\n' % (i * i // 2, i * 7 % 60) for i in range(10)), '--freq'),
+    'one row': ('x.csv', b'date,a\n2020-01-01,1\n', '--freq'),
+    'few rows': ('x.csv', b'date,a\n' + b''.join(b'2020-01-%02d,1\n' % (i + 1) for i in range(20)), '--horizon'),
+    'unknown zone': ('x.csv', change(list), '--timezone', '--timezone', 'Mars'),
+    'hour that is not': ('x.csv', b'date,a\n2024-03-31 02:30,1\n', '--timezone', '--timezone', 'Europe/Berlin'),
+    'wrong freq': ('x.csv', change(list), '--freq', '--freq', 'D'),
+    'no freq': ('x.csv', change(list), '--freq', '--freq', 'fortnight'),
+    'backwards': ('x.csv', change(list), '--freq', '--freq=-1h'),
+    'unknown target': ('x.csv', change(list), "no column 'z'", '--target', 'z'),
+    'no id column': ('x.csv', change(list), '--id-column', '--id-column', 'shop'),
+    'static without id': ('x.csv', change(list), '--id-column', '--static', 'a'),
+    'two roles': ('x.csv', change(list), "'a' has two roles", '--target', 'a', '--past', 'a'),
+}
+
+
+def test_there_are_enough_bad_files():
+    assert len(BAD) >= 40
+
+
+@pytest.mark.parametrize('what', BAD)
+def test_bad_files_end_in_one_line(tool, tmp_path, what):
+    """Exit code 2 and a line that names the option, never a traceback; nothing is left behind."""
+    name, content, message, *options = BAD[what]
+    path = tmp_path / name
+    path.write_bytes(content)
+    result = tool('forecast', 'fit', path, '--horizon', '8', '--output', tmp_path / 'run', '--device', 'cpu', *options)
+    assert result.code == 2 and result.err.startswith('forecast.py: error: '), result.err
+    assert result.err.count('\n') == 1
+    if message is not None:
+        assert message in result.err, result.err
+    assert '⟨' not in result.err and not (tmp_path / 'run/model').exists()
+
+
+@pytest.mark.parametrize('change_, message', [
+    (lambda f: f.assign(b=f.b.mask(f.index == f.index[390])), "row 391 (line 392 of the file), column 'b': the value"),
+    (lambda f: f.iloc[[0, 1, 1, *range(2, 300)]], 'is the date of the row before again: --duplicates'),
+    (lambda f: f[['a', 'c']], "has the columns 'a', 'c', the forecaster was trained on 3: it lacks 'b'"),
     (lambda f: f.iloc[:31], 'the series has 31 rows, a forecast needs 32 (the look-back)'),
+    (lambda f: f.set_axis(pd.date_range('2020', periods=400, name='date')), "a step of 'D', the forecaster was"),
 ])
-def test_bad_series(run, tool, tmp_path, change, message):
+def test_bad_series_for_a_model(run, tool, tmp_path, change_, message):
     frame = write_series(tmp_path / 'x.csv')
-    change(frame).to_csv(tmp_path / 'x.csv')
+    change_(frame).to_csv(tmp_path / 'x.csv')
     result = tool('forecast', 'predict', tmp_path / 'x.csv', '--model', run[0] / 'model', '--output',
                   tmp_path / 'f.csv')
-    assert result.code == 2 and message in result.err and result.err.count('\n') == 1
+    assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result.err
     assert not (tmp_path / 'f.csv').exists()
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['fit', 'DATA', '--columns', 'a', 'z'], "has no column 'z'; its columns are 'a', 'b', 'c'"),
-    (['fit', 'DATA', '--horizon', '300', '--output', 'OUT'], 'part is too short'),
-    (['fit', 'DATA', '--split', 'ett-hour'], "the split 'ett-hour' needs 14400 rows, the series has 400"),
-    (['fit', 'DATA', '--preset', 'ETTh7'], "has no data set 'ETTh7': it has ETTh1, ETTm1, exchange"),
-    (['fit', 'DATA', '--lookback', '32', '--horizon', '8', '--model-kwargs', 'd_modle=3'],
+    (['fit', 'DATA', '--horizon', '300', '--output', 'OUT'], 'too few to train on'),
+    (['fit', 'DATA', '--split', 'ett-hour', '--output', 'OUT'], "the --split 'ett-hour' needs 14400 rows"),
+    (['fit', 'DATA', '--lookback', '32', '--horizon', '8', '--model-kwargs', 'd_modle=3', '--output', 'OUT'],
      "cannot make the model: TSM2.__init__() got an unexpected keyword argument 'd_modle'"),
-    (['fit', 'DATA', '--batch-size', '0'], 'batch_size must be a number of at least 1, got 0'),
-    (['fit', 'DATA', '--ema-decay', '1'], 'ema_decay must be below 1'),
+    (['fit', 'DATA', '--model-kwargs', 'horizon=3'], '--model-kwargs cannot set horizon'),
+    (['fit', 'DATA', '--batch-size', '0', '--output', 'OUT'], '--batch-size must be a number of at least 1, got 0'),
+    (['fit', 'DATA', '--ema-decay', '1', '--output', 'OUT'], '--ema-decay must be below 1'),
     (['fit', 'DATA', '--horizon', '0'], '--horizon must be at least 1, got 0'),
+    (['fit', 'DATA', '--no-test', '--split', 'ett-hour'], '--no-test and --split ett-hour contradict'),
     (['fit', 'DATA', '--device', 'gpu9'], "device 'gpu9' cannot be used here"),
     (['fit', 'absent.csv'], 'cannot read absent.csv as CSV'),
-    (['fit', 'DATA', '--date-column', 'when'], "has no column 'when' of dates"),
+    (['fit', 'DATA', '--date-column', 'when'], "no column 'when'"),
+    (['fit', 'DATA', '--start', 'tsm2.nothing'], "no bundled forecaster 'tsm2.nothing'"),
     (['evaluate', 'DATA', '--model', 'tsm2.nothing'], "no folder and no bundled forecaster 'tsm2.nothing'"),
     (['evaluate', 'DATA', '--model', 'OUT'], 'is no forecaster: it has no model.safetensors, config.json'),
-    (['evaluate', 'DATA'], "it lacks 'HUFL', 'HULL', 'MUFL', 'MULL', 'LUFL', 'LULL', 'OT'"),
-    (['evaluate', 'DATA', '--model', 'RUN', '--split', '0.5/0.5'], "'0.5/0.5' is no split"),
+    (['evaluate', 'DATA', '--model', 'tsm2.ETTh1-96'], "it lacks 'HUFL', 'HULL', 'MUFL', 'MULL', 'LUFL', 'LULL', 'OT'"),
+    (['evaluate', 'DATA', '--model', 'RUN', '--split', '0.5/0.5'], "'0.5/0.5' is no --split"),
+    (['evaluate', 'DATA', '--model', 'RUN', '--level', '1'], '--level must be'),
     (['predict', 'DATA', '--model', 'RUN', '--after', 'tomorrow?'], "--after 'tomorrow?' is no date"),
     (['predict', 'DATA', '--model', 'RUN', '--after', '1999-01-01'], 'is before the first date'),
-    (['predict', 'DATA', '--model', 'RUN', '--freq', 'fortnight'], "'fortnight' is no frequency"),
+    (['predict', 'DATA', '--model', 'RUN', '--after', '2999-01-01'], 'is beyond the last date'),
+    (['predict', 'DATA', '--model', 'RUN', '--freq', 'D'], "--freq 'D' is not the step 'h'"),
+    (['predict', 'DATA', '--model', 'RUN', '--ids', 'x'], '--ids: the model was not trained on series'),
+    (['predict', 'DATA', '--model', 'RUN', '--quantiles', '0'], '--quantiles must be 0.01 to 0.99'),
+    (['predict', 'DATA', '--model', 'RUN', '--future-data', 'DATA'], '--future-data was given, but the'),
     (['predict', 'DATA', '--model', 'RUN', '--plot-columns', 'z'], "--plot-columns: no column 'z'; there are a, b, c"),
     (['predict', 'DATA', '--model', 'RUN', '--output', 'absent/f.csv'], 'cannot write absent/f.csv'),
     (['predict', 'DATA', '--model', 'RUN', '--plot', 'f.xyz'], 'cannot write the plot f.xyz'),
+    (['backtest', 'DATA', '--model', 'RUN', '--origins', '99'], '99 --origins 8 steps apart need'),
     (['bench', '--data-dir', '.', '--datasets', 'M5'], "has no data set 'M5'"),
     (['bench', '--data-dir', 'absent', '--output', 'OUT'], 'cannot read absent/ett/ETTh1.csv.gz as CSV'),
     (['bench', '--data-dir', '.', '--output', 'OUT', '--table-only'], 'holds no result of these runs'),
@@ -221,56 +372,33 @@ def test_mistakes(run, data, tool, tmp_path, monkeypatch, arguments, message):
     names = dict(DATA=data, OUT=tmp_path / 'out', RUN=run[0] / 'model')
     result = tool('forecast', *(names.get(a, a) for a in arguments))
     assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result.err
-    assert not result.out or arguments[0] == 'predict'
 
 
-def test_recipe_sections(tmp_path):
-    """One configuration for all, what differs for one data set, the baseline's, and the command line, in that order."""
-    recipe = yaml.safe_load(forecast.RECIPE.read_text(encoding='utf-8'))
-    parse = forecast.get_parser().parse_args
-    args = parse(['bench', '--data-dir', 'x'])
-    model, training = forecast.settings(args, 'ETTh1')
-    assert model == {**recipe['model'], **recipe['datasets']['ETTh1'].get('model', {})} and model['lookback'] == 512
-    assert training == {**recipe['training'], **recipe['datasets']['ETTh1'].get('training', {})}
-    recipe['datasets']['ETTh1'].update(model=dict(d_model=7, depth=5), training=dict(lr=0.5, epochs=77),
-                                       horizons={8: dict(model=dict(d_model=9))})
-    recipe['dlinear'] = dict(training=dict(lr=0.25))
-    path = tmp_path / 'r.yaml'
-    path.write_text(yaml.safe_dump(recipe), encoding='utf-8')
-    args = parse(['bench', '--data-dir', 'x', '--config', str(path), '--epochs', '3', '--model-kwargs', 'depth=6'])
-    model, training = forecast.settings(args, 'ETTh1', 'tsm2_mlp')
-    assert (model['d_model'], model['depth'], model['variate_mixer']) == (7, 6, 'mlp')
-    assert (training['lr'], training['epochs']) == (0.5, 3)
-    assert forecast.settings(args, 'ETTh1', horizon=8)[0]['d_model'] == 9
-    assert forecast.settings(args, 'ETTh1', horizon=9)[0]['d_model'] == 7
-    assert forecast.settings(args, 'ETTm1')[0]['d_model'] == recipe['model']['d_model']
-    assert forecast.settings(args, 'ETTh1', 'dlinear')[1]['lr'] == 0.25
-    for change, message in ((dict(modle={}), "unknown section 'modle'"),
-                            (dict(datasets=dict(x=dict(fiel='y'))), "x: unknown entry 'fiel'"),
-                            (dict(training=dict(recipe['training'], lrr=1)), "unknown option of training 'lrr'"),
-                            (dict(training=dict(lr=1)), 'says nothing about epochs')):
-        path.write_text(yaml.safe_dump({**recipe, **change}), encoding='utf-8')
-        with pytest.raises(UserError, match=message):
-            forecast.settings(parse(['bench', '--data-dir', 'x', '--config', str(path)]), None)
+def test_a_model_must_be_named(data, tool):
+    for name in ('evaluate', 'predict', 'backtest'):
+        result = tool('forecast', name, data)
+        assert result.code == 2 and '--model' in result.err
 
+
+# --------------------------------------------------------------------------------------------------------------- bench
 
 def test_bench(tool, tmp_path, monkeypatch):
     write_series(tmp_path / 'x.csv')
-    recipe = yaml.safe_load(forecast.RECIPE.read_text(encoding='utf-8'))
-    recipe['datasets'] = dict(x=dict(file='x.csv', split='0.7/0.1/0.2', paper={4: 0.5}), y=dict(
-        file='x.csv', split='0.6/0.2/0.2', model=dict(d_model=4)))
+    recipe = dict(datasets=dict(
+        x=dict(file='x.csv', split='0.7/0.1/0.2', paper={4: 0.5}, dlinear=dict(lookback=48, lr=0.02)),
+        y=dict(file='x.csv', split='0.6/0.2/0.2')))
     (tmp_path / 'r.yaml').write_text(yaml.safe_dump(recipe), encoding='utf-8')
     out = tmp_path / 'bench'
     arguments = ['bench', '--config', tmp_path / 'r.yaml', '--data-dir', tmp_path, '--output', out, '--seeds', '0', '1',
-                 '--horizons', '4', '8', '--models', 'tsm2', 'tsm2_mlp', 'tsm2_plain', 'dlinear',
+                 '--horizons', '4', '--models', 'tsm2', 'tsm2_mlp', 'dlinear',
                  *SMALL, '--epochs', '1']
     bench_run, done = forecast.bench_run, []
 
-    def killed(series, run, options, device):
+    def killed(panel, run, device):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(run)
-        return bench_run(series, run, options, device)
+        return bench_run(panel, run, device)
 
     monkeypatch.setattr(forecast, 'bench_run', killed)
     assert tool('forecast', *arguments).code == 130
@@ -279,17 +407,20 @@ def test_bench(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(forecast, 'bench_run', lambda *a: done.append(a) or bench_run(*a))
     result = tool('forecast', *arguments)
     assert result.code == 0, result.err
-    assert len(done) == 2 * 2 * 2 * 4 - 3  # what was finished is not done again
+    assert len(done) == 2 * 2 * 3 - 3  # what was finished is not done again
     rows = json.loads((out / 'bench.json').read_text(encoding='utf-8'))
-    assert len(rows) == 2 * 2 * 4 and {tuple(r['seeds']) for r in rows} == {(0, 1)}
-    row = next(r for r in rows if (r['dataset'], r['horizon'], r['model']) == ('x', 4, 'tsm2'))
+    assert len(rows) == 2 * 3 and {tuple(r['seeds']) for r in rows} == {(0, 1)}
+    row = next(r for r in rows if (r['dataset'], r['model']) == ('x', 'tsm2'))
     each = [json.loads((out / f'tsm2-x-4-{s}.json').read_text(encoding='utf-8')) for s in (0, 1)]
     assert row['mse'] == pytest.approx(statistics.mean(r['mse'] for r in each))
     assert row['ratio'] == pytest.approx(row['mse'] / 0.5) and row['windows'] == 80 - 4 + 1
     assert each[0]['mse'] != each[1]['mse'] and each[0]['options']['d_model'] == 8
+    assert row['last'] == each[0]['last']['mse'] > row['mse']
+    dlinear = json.loads((out / 'dlinear-x-4-0.json').read_text(encoding='utf-8'))
+    assert dlinear['training']['lr'] == 0.02 and dlinear['options'] == {} and dlinear['parameters'] == 2 * 33 * 4
     table = (out / 'bench.md').read_text(encoding='utf-8')
-    assert table in result.out and table.count('\n| x |') + table.count('\n| y |') == 4
-    assert f'| x | 4 | 77 | 0.5 | {row["mse"]:.4f} ± ' in table and f'| {row["ratio"]:.3f} |' in table
+    assert table in result.out and table.count('\n| x |') + table.count('\n| y |') == 2
+    assert f'| x | 4 | 77 | {row["last"]:.4f} | {row["seasonal"]:.4f} | 0.5 | {row["mse"]:.4f} ± ' in table
     assert f'Mean ratio of tsm2 over 1 cells {row["ratio"]:.3f}' in table
     again = tool('forecast', *arguments, '--table-only')
     assert again.code == 0 and table in again.out
@@ -297,12 +428,26 @@ def test_bench(tool, tmp_path, monkeypatch):
     assert changed.code == 2 and 'was made with another training' in changed.err
 
 
+def test_recipe(tmp_path):
+    """One configuration for all data sets; DLinear as its authors train it."""
+    recipe = forecast.read_recipe(str(forecast.RECIPE))
+    assert all(set(e) == {'file', 'split', 'paper', 'dlinear'} for e in recipe['datasets'].values())
+    args = forecast.get_parser().parse_args(['bench', '--data-dir', 'x'])
+    options = [forecast.bench_options(args, e, 'tsm2', n, 96, 0) for n, e in recipe['datasets'].items()]
+    assert all((o['options'], o['training'], o['lookback']) == ({}, {}, 512) for o in options)
+    theirs = forecast.bench_options(args, recipe['datasets']['ETTm1'], 'dlinear', 'ETTm1', 96, 0)
+    assert (theirs['lookback'], theirs['training']['lr'], theirs['training']['steps']) == (336, 1e-4, -1)
+    for text, message in (('model: {}', "unknown section 'model'"),
+                          ('datasets: {x: {fiel: y}}', "unknown entry 'fiel'")):
+        (tmp_path / 'r.yaml').write_text(text)
+        with pytest.raises(forecast.UserError, match=message):
+            forecast.read_recipe(str(tmp_path / 'r.yaml'))
+
+
 def test_on_real_data(tool, shared_data, tmp_path):
     """The bundled weights, on the series that they were trained for."""
     path = shared_data('ett') / 'ETTh1.csv.gz'
-    result = tool('forecast', 'predict', path, '--after', '2018-01-10', '--output', tmp_path / 'f.csv', '--plot',
-                  tmp_path / 'f.png')
+    result = tool('forecast', 'predict', path, '--model', 'tsm2.ETTh1-96', '--after', '2018-01-10', '--output',
+                  tmp_path / 'f.csv', '--plot', tmp_path / 'f.png')
     assert result.code == 0, result.err
     assert len(read_series(tmp_path / 'f.csv')) == 96 and 'known for 96 of them' in result.out
-    with pytest.raises(SystemExit):
-        forecast.get_parser().parse_args(['predict'])

@@ -27,16 +27,26 @@ def inputs(model, batch=2, seed=1):
     M = model.num_variates
     static = torch.randn(batch, M, model.static_dim, generator=g) if model.static_dim else None
     future = torch.randn(batch, M, model.future_len, model.future_dim, generator=g) if model.future_dim else None
-    return torch.randn(batch, model.lookback, M, generator=g), static, future
+    past = torch.randn(batch, M, model.lookback, model.past_dim, generator=g) if model.past_dim else None
+    return torch.randn(batch, model.lookback, M, generator=g), static, future, past
 
 
-def naive(model, x, static=None, future=None):
+def naive(model, x, static=None, future=None, past=None):
     """The forward pass of the paper's equations, variate by variate and patch by patch."""
     norm = model.instance_norm
     center = x[:, -1:] if norm.center == 'last' else x.mean(1, keepdim=True)
     scale = (x.var(1, keepdim=True, unbiased=False) + norm.eps).sqrt()
     x = (x - center) / scale * norm.weight + norm.bias
     B, T, M = x.shape
+    starts = list(range(T - model.patch_len, -1, -model.stride))[::-1]
+    # the oldest patch begins with repetitions of the first value
+    more = model.stride - starts[0] if starts[0] > 0 else 0
+
+    def cut(part):
+        """Patches of (B, M, T)."""
+        first = [torch.cat([part[..., :1]] * more + [part], -1)[..., :model.patch_len]] if more else []
+        return first + [part[..., s:s + model.patch_len] for s in starts]
+
     parts = [x.transpose(1, 2)]
     if future is not None:
         mixed = torch.stack([future[:, :, t] + model.future_mixer(future[:, :, t])
@@ -44,14 +54,12 @@ def naive(model, x, static=None, future=None):
         parts.append(model.future_proj(mixed.reshape(B, M, -1)))
     if static is not None:
         parts.append(model.static_proj(static))
-    patches = []
-    for part in parts:
-        starts = list(range(T - model.patch_len, -1, -model.stride))[::-1]
-        if starts[0] > 0:  # the oldest patch begins with repetitions of the first value
-            first = torch.cat([part[..., :1]] * (model.stride - starts[0]) + [part], -1)[..., :model.patch_len]
-            patches.append(first)
-        patches += [part[..., s:s + model.patch_len] for s in starts]
-    y = torch.stack([model.patch_embed(p) for p in patches], dim=2)  # (B, M, P, d)
+    embedded = [[model.patch_embed(p) for p in cut(part)] for part in parts]
+    if past is not None:  # beside the patches of the series, each feature's own weights
+        for c in range(past.shape[3]):
+            weight = model.past_embed.weight.unflatten(1, (-1, model.patch_len))[:, c]
+            embedded[0] = [e + F.linear(p, weight) for e, p in zip(embedded[0], cut(past[..., c]))]
+    y = torch.stack(sum(embedded, []), dim=2)  # (B, M, P, d)
     ys = [y]
     for i, block in enumerate(model.blocks):
         y = sum(w * v for w, v in zip(model.averages[i].weight, ys))
@@ -68,7 +76,8 @@ def naive(model, x, static=None, future=None):
 
 @pytest.mark.parametrize('kwargs', [
     {}, dict(stride=5), dict(depth=2, center='last'), dict(static_dim=2), dict(future_dim=1, future_len=20),
-    dict(static_dim=1, future_dim=3, stride=6, variate_mixer='mlp')], ids=str)
+    dict(past_dim=2, stride=5), dict(static_dim=1, future_dim=3, past_dim=1, stride=6, variate_mixer='mlp')],
+    ids=str)
 def test_forward_is_the_equations(kwargs):
     model = small(**kwargs).double()
     with torch.no_grad():
@@ -76,10 +85,10 @@ def test_forward_is_the_equations(kwargs):
             average.weight.normal_()
         model.instance_norm.weight.uniform_(0.5, 2)
         model.instance_norm.bias.normal_()
-        x, static, future = [None if t is None else t.double() for t in inputs(model)]
-        actual = model(x, static, future)
+        x, *others = [None if t is None else t.double() for t in inputs(model)]
+        actual = model(x, *others)
         assert actual.shape == (2, 12, 3)
-        torch.testing.assert_close(actual, naive(model, x, static, future), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, naive(model, x, *others), rtol=1e-4, atol=1e-5)
 
 
 def test_mixers_are_those_of_vim2():
@@ -138,7 +147,7 @@ def test_permutation_of_the_variates():
 
     for kwargs, commutes in ((dict(variate_mixer='none'), True), ({}, False), (dict(variate_mixer='mlp'), False)):
         model = small(5, **kwargs)
-        x, _, _ = inputs(model)
+        x, *_ = inputs(model)
         difference = (model(x[..., order]) - model(x)[..., order]).abs().max()
         assert difference < 1e-5 if commutes else difference > 1e-3
 
@@ -146,7 +155,7 @@ def test_permutation_of_the_variates():
 @pytest.mark.parametrize('num_variates', [1, 321])
 def test_one_and_many_variates(num_variates):
     model = small(num_variates)
-    x, _, _ = inputs(model)
+    x, *_ = inputs(model)
     y = model(x)
     assert y.shape == (2, 12, num_variates) and y.isfinite().all()
 
@@ -156,7 +165,7 @@ def test_one_and_many_variates(num_variates):
 def test_any_lookback(lookback, patch_len, stride, patches):
     model = small(lookback=lookback, patch_len=patch_len, stride=stride)
     assert model.num_patches == patches
-    x, _, _ = inputs(model)
+    x, *_ = inputs(model)
     x.requires_grad_()
     y = model(x)
     assert y.shape == (2, 12, 3)
@@ -165,7 +174,7 @@ def test_any_lookback(lookback, patch_len, stride, patches):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, dict(static_dim=2, future_dim=2), dict(variate_mixer='mlp', depth=2), dict(norm='batch'),
+    {}, dict(static_dim=2, future_dim=2, past_dim=2), dict(variate_mixer='mlp', depth=2), dict(norm='batch'),
     dict(weighted_average=False, variate_mixer='none'), dict(instance_norm=False), dict(affine=False, center='last'),
     dict(drop_rate=0.1, head_drop_rate=0.1, future_dim=1)], ids=str)
 def test_every_parameter_has_a_gradient(kwargs):
@@ -178,7 +187,7 @@ def test_every_parameter_has_a_gradient(kwargs):
 @pytest.mark.parametrize('how', ['module', 'autocast'])
 def test_bfloat16(how):
     model = small(static_dim=1, future_dim=1)
-    x, static, future = inputs(model)
+    x, static, future, _ = inputs(model)
     x = x * 3 + 100  # the statistics are float32: a level does not eat the signal
     expected = model(x, static, future)
     if how == 'autocast':
@@ -214,7 +223,7 @@ def test_instance_norm_is_reversible(center):
 
 def test_level_and_scale_of_a_window_pass_through():
     model = small()
-    x, _, _ = inputs(model)
+    x, *_ = inputs(model)
     scale, level = torch.tensor([2., 5., 0.5]), torch.tensor([3., -100., 7.])
     torch.testing.assert_close(model(x * scale + level), model(x) * scale + level, rtol=1e-3, atol=1e-3)
 
@@ -248,6 +257,34 @@ def test_learns_from_the_auxiliary_input_alone(which):
     assert losses['with'] < 0.35, losses
 
 
+def test_starts_as_the_centre_of_the_window():
+    """A new model's forecast is the centre, at every step, and every weight learns from the second step on."""
+    for center in ('mean', 'last'):
+        torch.manual_seed(0)
+        model = TSM2(3, **SMALL, center=center)
+        x, *_ = inputs(model)
+        expected = x[:, -1:] if center == 'last' else x.mean(1, keepdim=True)
+        torch.testing.assert_close(model(x), expected.expand(-1, 12, -1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x) - torch.randn(2, 12, 3)).square().sum().backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(future_dim=1), dict(past_dim=1), dict(static_dim=1), dict(future_dim=3, past_dim=3)], ids=str)
+def test_covariates_cost_is_linear_in_the_lookback(kwargs):
+    """Their parameters grow by as much from 1,024 to 2,048 steps as twice from 512 to 1,024."""
+    def extra(lookback):
+        sizes = [sum(p.numel() for p in TSM2(2, lookback, 24, device='meta', **k).parameters()) for k in (kwargs, {})]
+        return sizes[0] - sizes[1]
+
+    assert extra(2048) - extra(1024) == 2 * (extra(1024) - extra(512))
+    assert extra(4096) < 1_000_000
+
+
 def test_ablations_by_argument():
     full, mlp, plain, none = (small(**k) for k in (
         {}, dict(variate_mixer='mlp'), dict(weighted_average=False), dict(variate_mixer='none')))
@@ -255,7 +292,7 @@ def test_ablations_by_argument():
     assert mlp.blocks[1].mixer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
     assert len(plain.averages) == 0 and len(full.averages) == 3
     plain.load_state_dict(full.state_dict(), strict=False)
-    x, _, _ = inputs(full)
+    x, *_ = inputs(full)
     torch.testing.assert_close(plain(x), full(x))  # the averages start as the plain chain
     with torch.no_grad():
         full.averages[2].weight[0] += 0.5
@@ -276,13 +313,14 @@ def test_bad_arguments(kwargs, message):
 
 def test_bad_inputs():
     model = small(static_dim=2)
-    x, static, _ = inputs(model)
+    x, static, *_ = inputs(model)
     for args, message in (
             ((x[:, 1:], static), r'x must be \(batch, lookback 48, variates 3\), got \(2, 47, 3\)'),
             ((x[..., :2], static), r'got \(2, 48, 2\)'),
             ((x,), r'static inputs are missing \(static_dim is 2\)'),
             ((x, static[:, :2]), r'static must be \(2, 3, 2\), got \(2, 2, 2\)'),
-            ((x, static, torch.zeros(2, 3, 12, 1)), 'future inputs were given, but future_dim is 0')):
+            ((x, static, torch.zeros(2, 3, 12, 1)), 'future inputs were given, but future_dim is 0'),
+            ((x, static, None, torch.zeros(2, 3, 48, 1)), 'past inputs were given, but past_dim is 0')):
         with pytest.raises(ValueError, match=message):
             model(*args)
 
@@ -295,7 +333,7 @@ def test_save_and_load(tmp_path):
     assert (config['num_variates'], config['lookback'], config['horizon'], config['stride']) == (4, 48, 12, 5)
     assert 'library_name: vim2' in (tmp_path / 'README.md').read_text(encoding='utf-8')
     again = TSM2.from_pretrained(str(tmp_path))
-    x, static, _ = inputs(model)
+    x, static, *_ = inputs(model)
     assert torch.equal(again(x, static), model(x, static))
 
 

@@ -707,7 +707,8 @@ def bench_options(args, entry: Dict[str, Any], model: str, dataset: str, horizon
     lookback = args.lookback or 512
     if MODELS[model] is None:
         theirs = dict(entry.get('dlinear') or {})
-        lookback = args.lookback or theirs.pop('lookback', 336)
+        lookback = theirs.pop('lookback', 336)
+        lookback = args.lookback or lookback
         options, training = {}, {**theirs, **training}
     else:
         options = {**options, **MODELS[model]}

@@ -492,7 +492,8 @@ class Forecaster:
                 bad = value.isnan()
                 if bad.any():
                     raise SeriesError(self._missing(panel, name, bad, k, back, ahead))
-            spreads.append(spread(inputs['x']).double())
+            recent = T if self.intervals is None else self.intervals.recent
+            spreads.append(spread(inputs['x'], recent).double())
             inputs = {n: v.to(parameter.device, parameter.dtype) for n, v in inputs.items()}
             out.append(self.model(**inputs).double().cpu())
         return torch.cat(out).numpy(), torch.cat(spreads).numpy()
@@ -638,7 +639,7 @@ class Forecaster:
         for index in windows.batches(batch_size):
             inputs, y = windows.take(index)
             forecast = self.model(**{k: v.to(device) for k, v in inputs.items()}).cpu()
-            error = ((y - forecast) / spread(inputs['x'])).double()
+            error = ((y - forecast) / spread(inputs['x'], self.intervals.recent)).double()
             inside += ((error >= low) & (error <= high)).sum().item()
             total += error.numel()
         return inside / total
@@ -727,16 +728,16 @@ class Forecaster:
         H, stride = self.horizon, stride or self.horizon
         end = np.full(len(panel.ids), panel.end.min()) if self.roles.multivariate else panel.end
         origins = [end - H - i * stride for i in reversed(range(origins))]  # (K,) rows each
+        # a series that began too close to an origin has no forecast from it
+        long = [rows - panel.begin >= self.lookback for rows in origins]
+        if not (long[0].all() if self.roles.multivariate else long[0].any()):
+            need = self.lookback + H + (len(origins) - 1) * stride
+            raise SeriesError(f'{len(origins)} ⟨origins⟩ {stride} steps apart need {need} rows, there are '
+                              f'{(panel.end - panel.begin).max()}')
         if not refit:
-            self._seen(panel, np.minimum(origins[0], panel.end - 1), 'the forecasts begin', [])
+            self._seen(panel, np.maximum(origins[0], 0), 'the forecasts begin', [])
         out = []
-        for fold, rows in enumerate(origins):
-            # a series that began too close to this origin has no forecast from it
-            enough = rows - panel.begin >= self.lookback
-            if not (enough.all() if self.roles.multivariate else enough.any()):
-                need = self.lookback + H + (len(origins) - 1 - fold) * stride
-                raise SeriesError(f'{len(origins)} ⟨origins⟩ {stride} steps apart need {need} rows, there are '
-                                  f'{(panel.end - panel.begin).max()}')
+        for fold, (rows, enough) in enumerate(zip(origins, long)):
             then = panel.until(np.maximum(rows, panel.begin + 1))
             forecaster = self
             if refit:

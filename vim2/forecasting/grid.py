@@ -91,7 +91,9 @@ def frequency(index: pd.DatetimeIndex) -> Optional[str]:
                     index.tz_convert('UTC').tz_localize(None).to_numpy())
     values, counts = np.unique(steps, return_counts=True)
     if values[0] > np.timedelta64(0):
-        candidates.append(pd.tseries.frequencies.to_offset(pd.Timedelta(values[counts.argmax()])).freqstr)
+        step = pd.Timedelta(values[counts.argmax()])
+        days = step // pd.Timedelta(days=1)
+        candidates.append(f'{days}D' if step == pd.Timedelta(days=days) else to_offset(step).freqstr)
     best = None
     for freq in dict.fromkeys(c for c in candidates if c):
         offset = parse_frequency(freq)

@@ -92,8 +92,8 @@ def calendar(index: pd.DatetimeIndex, freq: str) -> np.ndarray:
     if days < 0.9:
         cycles.append(hours / 24)
     if days < 6:
-        cycles.append((index.dayofweek + hours / 24) / 7)
-    cycles.append((index.dayofyear - 1 + hours / 24) / 365.25)
+        cycles.append((index.day_of_week + hours / 24) / 7)
+    cycles.append((index.day_of_year - 1 + hours / 24) / 365.25)
     angles = 2 * np.pi * np.stack([np.asarray(c, np.float64) for c in cycles], 1)
     return np.concatenate([np.sin(angles), np.cos(angles)], 1)
 
@@ -274,7 +274,8 @@ class _Table:
             if not hit.any():
                 continue
             rest = finite[finite != sentinel]
-            rest = rest[~np.isin(rest, _SENTINELS)] if np.isin(rest, _SENTINELS).mean() < 0.5 else rest
+            others = rest[~np.isin(rest, _SENTINELS)]
+            rest = others if len(others) > len(rest) / 2 else rest
             if len(rest) < 2:
                 continue
             low, high = rest.min(), rest.max()
@@ -465,14 +466,13 @@ class _Table:
             if column == self.columns.id:
                 out[column] = np.array(self.ids, object)
                 continue
-            data = pd.Series(self.data[column])
-            groups = data.groupby(self.codes)
-            changes = groups.nunique(dropna=False).to_numpy() > 1
+            data = self.data[column]
+            changes = pd.Series(data).groupby(self.codes).nunique(dropna=False).to_numpy() > 1
             if changes.any():
                 k = int(changes.argmax())
                 raise SeriesError(f'{self.name}: the ⟨static⟩ covariate {column!r} changes within the series '
                                   f'{self.ids[k]!r}: is it one of ⟨past⟩ or ⟨future⟩?')
-            values = groups.first().to_numpy() if data.dtype == object else groups.nth(0).to_numpy()
+            values = data[[int((self.codes == k).argmax()) for k in range(len(self.ids))]]
             if data.dtype != object and np.isnan(values).any():
                 k = int(np.isnan(values).argmax())
                 raise SeriesError(f'{self.name}: the ⟨static⟩ covariate {column!r} of {self.ids[k]!r} is missing')
@@ -563,8 +563,8 @@ class Covariates:
         if unknown.any():
             place = tuple(np.argwhere(unknown)[0])
             date = f' at {panel.index[place[1]]}' if len(place) > 1 else ''
-            raise SeriesError(f'the covariate {rule["name"]!r} has the category {text[place]!r}{date}, which training '
-                              f'did not have (it had {len(at)}: {", ".join(list(at)[:8])}'
+            raise SeriesError(f'the covariate {rule["name"]!r} has the category {str(text[place])!r}{date}, which '
+                              f'training did not have (it had {len(at)}: {", ".join(list(at)[:8])}'
                               f'{", …" if len(at) > 8 else ""})')
         out = np.eye(len(at))[np.maximum(codes, 0)]
         out[absent] = np.nan

@@ -197,8 +197,8 @@ def _read_text(path, separator, decimal, thousands, encoding, names, header, ski
         if value is not None and len(value) != 1:
             raise SeriesError(f"⟨{option}⟩ must be one character{' or tab' if option == 'separator' else ''}, got "
                               f'{value!r}')
-    if decimal in (separator, thousands) or thousands == separator:
-        raise SeriesError(f'⟨separator⟩ {separator!r}, ⟨decimal⟩ {decimal!r} and ⟨thousands⟩ {thousands!r} must differ')
+    if decimal == thousands:
+        raise SeriesError(f'⟨decimal⟩ and ⟨thousands⟩ must differ, both are {decimal!r}')
     if not header and names is None:
         raise SeriesError('without a header the columns need ⟨names⟩')
     if names is not None and len(set(names)) < len(names):
@@ -407,7 +407,9 @@ def _parse_names(text: pd.Series, bad) -> pd.Series:
     from pandas.tseries.api import guess_datetime_format
     if re.fullmatch(r'\d{1,2}[-/.]\d{1,2}[-/.]\d{2}( .*)?', text.iloc[0]):
         raise bad(np.ones(1, bool), 'has a year of two digits: give ⟨date_format⟩, such as %d/%m/%y')
-    guess = guess_datetime_format(text.iloc[0])
+    # 'May' is the short and the long name: another month tells which
+    other = text[~text.str.contains('may', case=False)]
+    guess = guess_datetime_format((other if len(other) else text).iloc[0])
     if guess is None or not ('%b' in guess or '%B' in guess):
         raise bad(np.ones(1, bool), 'is no date; ⟨date_format⟩ says how it is to be read')
     result = _to_datetime(text, False, format=guess)

@@ -1,5 +1,6 @@
 """Splits, scaling, and the windows that are trained on and measured."""
 import re
+import warnings
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
@@ -73,9 +74,11 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: np.ndarray) -> 'Scaler':
-        """From (K, rows, M), of which NaN are left out; a constant variate gets a deviation of 1.
+        """From (K, rows, M), of which NaN are left out.
 
-        A variate without a value gets a mean and deviation of NaN.
+        The least deviation is a tenth of the median one of a variate's series, so that one which stood still in the
+        training part, or nearly, and moves later, is not all that counts. Where all stand still it is 1. A variate
+        without a value gets a mean and deviation of NaN.
         """
         known = np.isfinite(values)
         n = known.sum(1).astype(np.float64)
@@ -83,6 +86,10 @@ class Scaler:
         with np.errstate(invalid='ignore', divide='ignore'):
             mean = filled.sum(1) / n
             std = np.sqrt((np.where(known, values - mean[:, None], 0.) ** 2).sum(1) / n)
+        with warnings.catch_warnings():  # where all stand still
+            warnings.simplefilter('ignore', RuntimeWarning)
+            least = 0.1 * np.nanmedian(np.where(std > 0, std, np.nan), axis=0)
+        std = np.where(np.isnan(least), std, np.fmax(std, least) + 0 * std)
         return cls(mean, np.where(std == 0, 1., std))
 
     def rows(self, k) -> 'Scaler':

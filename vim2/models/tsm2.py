@@ -177,8 +177,8 @@ class TSM2(
             expand: inner width of the mixers over d.
             static_dim: static features of a variate, C_S; 0 for none.
             future_dim: features known for the future, C_Z, at each step and variate; 0 for none.
-            future_len: steps for which they are given, T_Z. Default: horizon. Their projection has T_Z * C_Z * T weights;
-                what is known of them over the look-back belongs into `past`, at a cost that is linear in T.
+            future_len: steps for which they are given, T_Z. Default: horizon. Their projection has T_Z * C_Z * T
+                weights; what is known of them over the look-back belongs into `past`, at a cost linear in T.
             past_dim: features known over the look-back, C_P, at each step and variate; 0 for none.
             variate_mixer: 's6', or 'mlp' for a perceptron over the variates in its place (TSM2-MLP), or 'none' for no
                 mixing of the variates.
