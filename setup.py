@@ -46,12 +46,12 @@ EXTRAS = {
     # with its compiled operators must be built, because its wheels come without them: tools/install_openmmlab.py
     'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
     'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
-    # tools/forecast.py and vim2.forecasting need pandas alone
-    'forecast': ['pandas>=2.0', 'matplotlib>=3.7', 'pyyaml>=6.0', 'tqdm>=4.60', 'neuralforecast>=3.3'],
+    # vim2.forecasting; tools/forecast.py needs `tools` as well
+    'forecast': ['pandas>=2.0'],
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
-    'darts>=0.48', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'expecttest>=0.2', 'psutil>=5.9',
-    'hypothesis>=6.100', 'torchao>=0.14', 'ziglang>=0.14']  # python vim2/ops/cpu/build.py
+    'darts>=0.48', 'neuralforecast>=3.3', 'pyarrow>=15.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
+    'expecttest>=0.2', 'psutil>=5.9', 'hypothesis>=6.100', 'torchao>=0.14', 'ziglang>=0.14']  # vim2/ops/cpu/build.py
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
 CONFIGS = {'vim2.configs.detection': 'detection/configs', 'vim2.configs.segmentation': 'segmentation/configs'}

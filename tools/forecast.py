@@ -650,9 +650,9 @@ def backtest_table(table) -> str:
 
 def read_recipe(path: str) -> Dict[str, Any]:
     recipe = common.read_recipe(path)
-    unknown = set(recipe) - {'datasets'}
+    unknown = set(recipe) - {'datasets', 'dlinear'}
     if unknown:
-        raise UserError(f'{path}: unknown section {sorted(unknown)[0]!r} (known: datasets)')
+        raise UserError(f'{path}: unknown section {sorted(unknown)[0]!r} (known: datasets, dlinear)')
     for name, entry in recipe.get('datasets', {}).items():
         unknown = set(entry) - {'file', 'split', 'paper', 'dlinear'}
         if unknown:
@@ -678,6 +678,7 @@ def bench(args: argparse.Namespace) -> None:
             for model in args.models]
     for seed, horizon, dataset, model in common.progress(runs, desc='bench', unit='run', disable=args.no_progress):
         entry = recipe['datasets'][dataset]
+        entry = {**entry, 'dlinear': {**(recipe.get('dlinear') or {}), **(entry.get('dlinear') or {})}}
         path = folder / f'{model}-{dataset}-{horizon}-{seed}.json'
         run = bench_options(args, entry, model, dataset, horizon, seed)
         result = read_result(path, run)
@@ -706,7 +707,7 @@ def bench_options(args, entry: Dict[str, Any], model: str, dataset: str, horizon
     options, training = model_arguments(args), training_arguments(args)
     lookback = args.lookback or 512
     if MODELS[model] is None:
-        theirs = dict(entry.get('dlinear') or {})
+        theirs = dict(entry['dlinear'])
         lookback = theirs.pop('lookback', 336)
         lookback = args.lookback or lookback
         options, training = {}, {**theirs, **training}
