@@ -376,9 +376,9 @@ class Forecaster:
             M = len(more['ids']) if more and more['roles'].multivariate else scaler.mean.shape[1]
             if len(columns) != model.num_variates or M != model.num_variates:
                 raise ValueError(f'{_FILE} names {len(columns)} columns, the model has {model.num_variates} variates')
-        except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as e:
+            return cls(model, scaler, columns, state.get('freq'), state.get('info'), **more)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as e:
             raise SeriesError(f'cannot read the forecaster in {folder}: {" ".join(str(e).split())}') from None
-        return cls(model, scaler, columns, state.get('freq'), state.get('info'), **more)
 
     @classmethod
     def bundled(cls, name: str) -> 'Forecaster':
