@@ -140,7 +140,7 @@ def test_auto_tsm2(TSM2):
     auto = AutoTSM2(h=4, n_series=3, config=lambda trial: dict(config, n_series=3), backend='optuna', num_samples=1)
     nf = NeuralForecast([auto], freq='h')
     nf.fit(long_frame(), val_size=8)
-    assert type(auto.model) is TSM2 and len(nf.predict()) == 12
+    assert type(nf.models[0].model) is TSM2 and len(nf.predict()) == 12  # nf works on a copy of auto
     with pytest.raises(ValueError, match="config needs 'n_series': 3"):
         AutoTSM2(h=4, n_series=3, config=lambda trial: dict(config, n_series=2), backend='optuna')
 
