@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 import importlib
+import importlib.metadata
 import io
 import os
 import subprocess
@@ -15,6 +16,18 @@ from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ('red', 'green', 'blue', 'gray')
+
+
+def _minor(package: str):
+    try:
+        return tuple(int(number) for number in importlib.metadata.version(package).split('.')[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+needs_interpreter = pytest.mark.skipif(
+    (_minor('triton') or (9, 9)) < (3, 7) and _minor('numpy') >= (2, 4),
+    reason="the interpreter of Triton before 3.7 does not run with NumPy 2.4, by a fault of Triton's own")
 
 
 @pytest.fixture(scope='session')

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import needs_interpreter
 
 pytest.importorskip('triton')
 
@@ -44,18 +45,21 @@ def test_minimum_bytes(report):
 
 
 def test_machine_code_of_a_map(root, tmp_path):
-    """Nothing spills in the loops of what the models run most."""
+    """Nothing spills in what the models run most, whatever the Triton."""
     out = tmp_path / 'report.json'
     done = run(root, 'tools/kernel_report.py', '--variants', 'map-infer-bf16', 'map-bf16', '--targets', 'sm_90',
                '--json', str(out))
-    assert out.exists(), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = {row['kernel']: row for row in json.loads(out.read_text())['machine_code']}
-    assert all(32 < row['registers'] <= 255 for row in rows.values())
-    for kernel, exponentials in (('scan_forward', 1), ('scan_backward', 2.5)):
+    assert all(row['spills'] == 0 and 32 < row['registers'] <= 255 for row in rows.values())
+    # One exponential a step in the forward; in the backward one for each time that a state is found, and the adjoint's.
+    for kernel, exponentials in (('scan_forward', 1), ('scan_backward', 3.5)):
         mix = rows[kernel]['per_state']
-        assert exponentials <= mix['exp'] < exponentials + 1 and mix['fma'] > 4 and mix.get('spill', 0) == 0
+        assert exponentials <= mix['exp'] < exponentials + 1.5 and mix['fma'] > 4
+        assert mix.get('shuffle', 0) < 5 and mix.get('shared', 0) < 0.1
 
 
+@needs_interpreter
 def test_gpu_check_without_a_gpu(root, tmp_path):
     done = run(root, 'tools/gpu_check.py', '--dry-run', '--output', str(tmp_path / 'check'))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -108,7 +108,7 @@ def _cases(tiny: bool) -> Dict[str, Tuple[str, Shape, dict]]:
     out.update({
         f'small map 8x8, {name}': (name, Shape(3, 64, 8, 8), dict(plan=scan.Plan(True, 64))) for name in DTYPES})
     out.update({
-        'directions apart': ('fp32', Shape(2, 64, 7, 7), dict(plan=scan.Plan(False, 56))),
+        'directions apart': ('fp32', Shape(2, 64, 7, 7), dict(plan=scan.Plan(False, 64))),
         'directions apart, chunked, last state': ('bf16', Shape(1, 96, 16, 17), dict(last=True, **chunked)),
         'three directions, one state': ('fp32', Shape(2, 33, 5, 7, 1, 3), {}),
         'four states': ('bf16', Shape(2, 128, 4, 4, 4), {}), 'eight states': ('fp16', Shape(2, 48, 2, 2, 8), {}),
@@ -268,7 +268,7 @@ Job = Tuple[dict, str, Shape]  # changes of the constants of `launch` (`merge` i
 
 def _plan(choice: dict, shape: Shape) -> dict:
     """Keywords of forward and backward."""
-    whole = -(-shape.height * shape.width // 16) * 16
+    whole = -(-shape.height * shape.width // 64) * 64
     return dict(plan=scan.Plan(choice['merge'], whole)) if 'merge' in choice else {}
 
 
@@ -316,7 +316,7 @@ def stage_timings(args) -> Iterator[dict]:
 
 
 # The designs that counting instructions did not decide between.
-CHOICES = (dict(), dict(SAVE=16), dict(CHANNELS=1), dict(SAVE=4), dict(merge=False), dict(merge=True))
+CHOICES = (dict(), dict(SAVE=8), dict(SAVE=32), dict(CHANNELS=1), dict(merge=False), dict(merge=True))
 
 
 def stage_plans(args) -> Iterator[dict]:

@@ -11,9 +11,10 @@ the shape:
   gradients of B and C are sums over channels, those of u and delta sums over states: this way neither crosses many
   lanes.
 
-Triton gives a load whose addresses are provably contiguous a layout of its own, which then spreads to everything that
-the loaded tensor meets. So strides are run-time values on purpose, and a promise of contiguity (`_states`) is made only
-along the axis that lies in a thread's registers.
+Triton gives a load a layout of its own that follows what it knows of the addresses, and it spreads to everything that
+the loaded tensor meets. So strides are run-time values on purpose, `_promised` tells Triton what fits the layouts
+above, and addresses depend on the lane even where they are the same for all: else Triton forms them without the lanes,
+and the promise is gone when it adds these again.
 """
 import inspect
 
@@ -93,54 +94,39 @@ def _at(p, stride, INDEX64: tl.constexpr):
 
 
 @triton.jit
-def _load(at, mask, FULL: tl.constexpr):
-    if FULL:
+def _promised(pointers, offset, VECTOR: tl.constexpr, AXIS: tl.constexpr):
+    """pointers + offset. VECTOR > 1: along AXIS, which lies in a thread's registers, they have unit stride within
+    groups of that many, aligned to their size.
+
+    Where nothing is known of any axis, Triton 3.6 spreads the first one over the lanes. So the axes that are meant for
+    the lanes get a promise too, on which nothing is built: a thread has one element along them.
+    """
+    at = pointers + offset  # here: a promise of an argument would be lost when the function is inlined
+    size: tl.constexpr = VECTOR * pointers.dtype.element_ty.primitive_bitwidth // 8
+    if len(at.shape) == 3:
+        at = tl.max_contiguous(tl.multiple_of(at, (size, 1, 1)), (VECTOR, 1, 2))
+    elif VECTOR == 1:
+        at = tl.max_contiguous(tl.multiple_of(at, (1, 1, 1, 1)), (1, 1, 2, 4))
+    elif AXIS == 0:
+        at = tl.max_contiguous(tl.multiple_of(at, (size, 1, 1, 1)), (VECTOR, 1, 1, 1))
+    else:
+        at = tl.max_contiguous(tl.multiple_of(at, (1, size, 1, 1)), (1, VECTOR, 1, 1))
+    return at
+
+
+@triton.jit
+def _load(pointers, offset, mask=None, VECTOR: tl.constexpr = 1, AXIS: tl.constexpr = 0):
+    """Values in float32, 0 where there is a mask that is not set."""
+    at = _promised(pointers, offset, VECTOR, AXIS)
+    if mask is None:
         return tl.load(at).to(tl.float32)
     else:
         return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(at, value, mask, FULL: tl.constexpr):
-    value = value.to(at.dtype.element_ty)
-    if FULL:
-        tl.store(at, value)
-    else:
-        tl.store(at, value, mask=mask)
-
-
-@triton.jit
-def _vectors(pointers, offset, AXIS: tl.constexpr, VECTOR: tl.constexpr):
-    """pointers + offset. VECTOR > 1 promises that they have unit stride along an axis, which lies in a thread's
-    registers, and start aligned to that many elements. (Of an argument, not of a sum within, the promise would be
-    lost.)"""
-    at = pointers + offset
-    if VECTOR > 1:
-        size: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 8
-        if len(at.shape) == 3:
-            at = tl.max_contiguous(tl.multiple_of(at, (VECTOR * size, 1, 1)), (VECTOR, 1, 1))
-        elif AXIS == 0:
-            at = tl.max_contiguous(tl.multiple_of(at, (VECTOR * size, 1, 1, 1)), (VECTOR, 1, 1, 1))
-        else:
-            at = tl.max_contiguous(tl.multiple_of(at, (1, VECTOR * size, 1, 1)), (1, VECTOR, 1, 1))
-    return at
-
-
-@triton.jit
-def _states(pointers, offset, mask, VECTOR: tl.constexpr, FULL: tl.constexpr):
-    """B_t or C_t: the values at `offset` from `pointers`, the states along the first axis."""
-    return _load(_vectors(pointers, offset, 0, VECTOR), mask, FULL)
-
-
-@triton.jit
-def _channels(pointers, offset, mask, VECTOR: tl.constexpr):
-    """A step's values of the backward's channels."""
-    return _load(_vectors(pointers, offset, 1, VECTOR), mask, VECTOR > 1)
-
-
-@triton.jit
-def _put(pointers, offset, value, mask, AXIS: tl.constexpr, VECTOR: tl.constexpr):
-    tl.store(_vectors(pointers, offset, AXIS, VECTOR), value.to(pointers.dtype.element_ty), mask=mask)
+def _store(pointers, offset, value, mask, VECTOR: tl.constexpr = 1, AXIS: tl.constexpr = 0):
+    tl.store(_promised(pointers, offset, VECTOR, AXIS), value.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -157,12 +143,11 @@ def scan_forward(
         E, N, H, W, L, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, per_c, K, KS, codes, part, n_saved,
         u_b, u_e, u_l, d_b, d_k, d_e, d_l, a_k, a_e, a_n,
         b_b, b_k, b_g, b_n, b_l, c_b, c_k, c_g, c_n, c_l,
-        D_k, D_e, bias_k, bias_e, z_b, z_e, z_l, o_b, o_e, o_l, h_n,
+        D_k, D_e, bias_k, bias_e, z_b, z_e, z_l, o_b, o_e, o_l,
         KM: tl.constexpr, NV: tl.constexpr, NQ: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, SAVE: tl.constexpr,
-        B_CONST: tl.constexpr, C_CONST: tl.constexpr,
         HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-        HAS_START: tl.constexpr, WANT_LAST: tl.constexpr, SAVE_STATES: tl.constexpr,
-        FULL_N: tl.constexpr, FULL_E: tl.constexpr, INDEX64: tl.constexpr,
+        HAS_START: tl.constexpr, WANT_LAST: tl.constexpr, SAVE_STATES: tl.constexpr, FULL_N: tl.constexpr,
+        INDEX64: tl.constexpr,
 ):
     """One program: one image, BE channels of one group, one chunk of scan time, and KM directions one after the other.
 
@@ -177,48 +162,41 @@ def scan_forward(
     group = (block // blocks_per_group).to(tl.int64)
     lane = (block % blocks_per_group) * BE + tl.arange(0, BE)[None, None, :]
     mask_e = lane < width
-    e = group * width + lane
+    e = group * width + tl.minimum(lane, width - 1)  # lanes without a channel read the last one and write nothing
     n = (tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane).to(tl.int64)
-    mask_n = n < N
-    tile_mask = mask_e & mask_n
+    mask = mask_e & (n < N)
+    mask_n = None if FULL_N else n < N
     t_first = c * chunk
     t_last = tl.minimum(t_first + chunk, L)
     u_p = u + b * u_b + e * u_e
     z_p = z + b * z_b + e * z_e
     acc_p = acc + b * o_b + e * o_e
     out_p = out + b * o_b + e * o_e + k0.to(tl.int64) * part
+    if SAVE_STATES:
+        tl.store(states + tl.arange(0, 4), tl.zeros((4,), tl.float32))  # see `launch.states_shape`
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
         d_p = delta + b * d_b + k * d_k + e * d_e
-        b_p = B + b * b_b + k * b_k + n * b_n
-        c_p = C + b * c_b + k * c_k + n * c_n
-        a2 = _rate(_load(A + k * a_k + e * a_e + n * a_n, tile_mask, False))
-        if B_CONST:
-            b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
-        else:
-            b_p += ((group * width) // per_b) * b_g
-        if C_CONST:
-            c_tile = _load(c_p + (e // per_c) * c_g, tile_mask, False)
-        else:
-            c_p += ((group * width) // per_c) * c_g
+        b_p = B + b * b_b + k * b_k + (e // per_b) * b_g + n * b_n
+        c_p = C + b * c_b + k * c_k + (e // per_c) * c_g + n * c_n
+        a2 = _rate(_load(A + k * a_k, e * a_e + n * a_n, mask))
         skip = 0.0
         shift = 0.0
         if HAS_D:
-            skip = _load(D + k * D_k + e * D_e, mask_e, False)
+            skip = _load(D + k * D_k, e * D_e)
         if HAS_BIAS:
-            shift = _load(bias + k * bias_k + e * bias_e, mask_e, False)
-        row = (b * K + k) * n_saved
-        tile = n * h_n + e
+            shift = _load(bias + k * bias_k, e * bias_e)
+        tile = n * E + e
         if HAS_START:
-            h = tl.load(start + ((b * K + k) * n_chunks + c) * N * E + tile, mask=tile_mask, other=0.0)
+            h = _load(start + ((b * K + k) * n_chunks + c) * N * E, tile, mask)
         else:
             h = tl.zeros((NV, NQ, BE), tl.float32)
         p, i, step, jump, length = _walk(t_first, code, H, W)
         for t in range(t_first, t_last, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
-                    tl.store(states + (row + t // SAVE - 1) * N * E + tile, h, mask=tile_mask)
+                    _store(states + 4 + ((b * K + k) * n_saved + t // SAVE - 1) * N * E, tile, h, mask)
             # All loads of T steps first. Past the end the last position is read, computed with a step of zero and
             # written again: the same values, and no mask to carry.
             us = ()
@@ -229,29 +207,22 @@ def scan_forward(
             c_at = ()
             o_at = ()
             for s in tl.static_range(T):
-                us = us + (_load(u_p + _at(p, u_l, INDEX64), mask_e, FULL_E),)
-                ds = ds + (_load(d_p + _at(p, d_l, INDEX64), mask_e, FULL_E),)
+                us = us + (_load(u_p, _at(p, u_l, INDEX64)),)
+                ds = ds + (_load(d_p, _at(p, d_l, INDEX64)),)
                 o_at = o_at + (_at(p, o_l, INDEX64),)
                 if HAS_Z:
-                    zs = zs + (_load(z_p + _at(p, z_l, INDEX64), mask_e, FULL_E),)
+                    zs = zs + (_load(z_p, _at(p, z_l, INDEX64)),)
                 if KM > 1:
-                    olds = olds + (tl.load(acc_p + o_at[s], mask=mask_e & (kk > 0), other=0.0),)
+                    olds = olds + (_load(acc_p, o_at[s], mask_e & (kk > 0)),)
                 b_at = b_at + (_at(p, b_l, INDEX64),)
                 c_at = c_at + (_at(p, c_l, INDEX64),)
                 p, i = _next(p, i, t + s + 1 < L, step, jump, length)
             ys = ()
             for s in tl.static_range(T):
                 dt = tl.where(t + s < L, _step_size(ds[s], shift, SOFTPLUS), 0.0)  # an empty step: decay 1, adds 0
-                if B_CONST:
-                    bt = b_tile
-                else:
-                    bt = _states(b_p, b_at[s], mask_n, NV, FULL_N)
-                if C_CONST:
-                    ct = c_tile
-                else:
-                    ct = _states(c_p, c_at[s], mask_n, NV, FULL_N)
-                h = tl.exp2(dt * a2) * h + (dt * us[s]) * bt
-                y = tl.sum(tl.sum(h * ct, axis=0, keep_dims=True), axis=1, keep_dims=True)
+                h = tl.exp2(dt * a2) * h + (dt * us[s]) * _load(b_p, b_at[s], mask_n, NV)
+                y = h * _load(c_p, c_at[s], mask_n, NV)
+                y = tl.sum(tl.sum(y, axis=0, keep_dims=True), axis=1, keep_dims=True)
                 if HAS_D:
                     y += skip * us[s]
                 ys = ys + (y,)
@@ -259,16 +230,13 @@ def scan_forward(
                 y = ys[s]
                 if KM > 1:
                     y += olds[s]
-                    tl.store(acc_p + o_at[s], y, mask=mask_e & (kk < KM - 1))
+                    _store(acc_p, o_at[s], y, mask_e & (kk < KM - 1))
                 if HAS_Z:
                     y *= zs[s] * _sigmoid(zs[s])
-                if KM > 1:
-                    tl.store(out_p + o_at[s], y.to(out.dtype.element_ty), mask=mask_e & (kk == KM - 1))
-                else:
-                    _store(out_p + o_at[s], y, mask_e, FULL_E)
+                _store(out_p, o_at[s], y, mask_e & (kk == KM - 1))
         if WANT_LAST:
             if c == n_chunks - 1:
-                tl.store(last + ((b * K + k) * E + e) * N + n, h, mask=tile_mask)
+                _store(last + (b * K + k) * E * N, e * N + n, h, mask)
         if KM > 1:
             tl.debug_barrier()  # the next direction reads what this one wrote to `acc`
 
@@ -278,10 +246,10 @@ def chunk_summary(
         x, delta, A, B, z, bias, ends, lengths,
         E, N, H, W, L, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, K, codes,
         x_b, x_e, x_l, d_b, d_k, d_e, d_l, a_k, a_e, a_n, b_b, b_k, b_g, b_n, b_l, bias_k, bias_e,
-        z_b, z_e, z_l, h_n,
-        NV: tl.constexpr, NQ: tl.constexpr, BE: tl.constexpr, T: tl.constexpr, B_CONST: tl.constexpr,
+        z_b, z_e, z_l,
+        NV: tl.constexpr, NQ: tl.constexpr, BE: tl.constexpr, T: tl.constexpr,
         HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr,
-        FULL_N: tl.constexpr, FULL_E: tl.constexpr, INDEX64: tl.constexpr,
+        FULL_N: tl.constexpr, INDEX64: tl.constexpr,
 ):
     """What one chunk does to a state that enters it: the state that leaves it from zero, and its sum of step sizes.
 
@@ -297,22 +265,18 @@ def chunk_summary(
     group = (block // blocks_per_group).to(tl.int64)
     lane = (block % blocks_per_group) * BE + tl.arange(0, BE)[None, None, :]
     mask_e = lane < width
-    e = group * width + lane
+    e = group * width + tl.minimum(lane, width - 1)  # lanes without a channel read the last one and write nothing
     n = (tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane).to(tl.int64)
-    mask_n = n < N
-    tile_mask = mask_e & mask_n
+    mask = mask_e & (n < N)
+    mask_n = None if FULL_N else n < N
     x_p = x + b * x_b + e * x_e
     d_p = delta + b * d_b + k * d_k + e * d_e
     z_p = z + b * z_b + e * z_e
-    b_p = B + b * b_b + k * b_k + n * b_n
-    a2 = _rate(_load(A + k * a_k + e * a_e + n * a_n, tile_mask, False))
-    if B_CONST:
-        b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
-    else:
-        b_p += ((group * width) // per_b) * b_g
+    b_p = B + b * b_b + k * b_k + (e // per_b) * b_g + n * b_n
+    a2 = _rate(_load(A + k * a_k, e * a_e + n * a_n, mask))
     shift = 0.0
     if HAS_BIAS:
-        shift = _load(bias + k * bias_k + e * bias_e, mask_e, False)
+        shift = _load(bias + k * bias_k, e * bias_e)
     t_first = c * chunk
     t_last = tl.minimum(t_first + chunk, L)
     h = tl.zeros((NV, NQ, BE), tl.float32)
@@ -324,15 +288,12 @@ def chunk_summary(
             if ADJOINT:
                 at = t_first + t_last - 1 - at
             p, _, _, _, _ = _walk(at, code, H, W)
-            v = _load(x_p + _at(p, x_l, INDEX64), mask_e, FULL_E)
-            dt = tl.where(ok, _step_size(_load(d_p + _at(p, d_l, INDEX64), mask_e, FULL_E), shift, SOFTPLUS), 0.0)
+            v = _load(x_p, _at(p, x_l, INDEX64))
+            dt = tl.where(ok, _step_size(_load(d_p, _at(p, d_l, INDEX64)), shift, SOFTPLUS), 0.0)
             if HAS_Z:
-                gate = _load(z_p + _at(p, z_l, INDEX64), mask_e, FULL_E)
+                gate = _load(z_p, _at(p, z_l, INDEX64))
                 v *= gate * _sigmoid(gate)
-            if B_CONST:
-                bt = b_tile
-            else:
-                bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, NV, FULL_N)
+            bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, NV)
             total += dt
             decay = tl.exp2(dt * a2)
             if ADJOINT:  # a step of zero does not keep x out of the sum
@@ -340,35 +301,34 @@ def chunk_summary(
             else:
                 h = decay * h + (dt * v) * bt
     row = (b * K + k) * n_chunks + c
-    tl.store(ends + row * N * E + n * h_n + e, h, mask=tile_mask)
-    tl.store(lengths + row * E + e, total, mask=mask_e)
+    _store(ends + row * N * E, n * E + e, h, mask)
+    _store(lengths + row * E, e, total, mask_e)
 
 
 @_kernel('ends lengths A initial')
-def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e, a_n, h_n, i_b, i_k, i_e, i_n,
+def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e, a_n, i_b, i_k, i_e, i_n,
                 NP: tl.constexpr, BE: tl.constexpr, HAS_INITIAL: tl.constexpr, ADJOINT: tl.constexpr):
     """In place: what leaves each chunk from zero becomes what enters it. Sequential over chunks, parallel over
     states."""
     pid = tl.program_id(0)
     k = ((pid // n_blocks) % K).to(tl.int64)
     b = (pid // (n_blocks * K)).to(tl.int64)
-    e = ((pid % n_blocks) * BE + tl.arange(0, BE)).to(tl.int64)
-    n = tl.arange(0, NP)[:, None].to(tl.int64)
+    e = ((pid % n_blocks) * BE + tl.arange(0, BE)[None, None, :]).to(tl.int64)
+    n = tl.arange(0, NP)[None, :, None].to(tl.int64)
     mask_e = e < E
-    mask = mask_e[None, :] & (n < N)
-    a2 = _rate(_load(A + k * a_k + e[None, :] * a_e + n * a_n, mask, False))
+    mask = mask_e & (n < N)
+    a2 = _rate(_load(A + k * a_k, e * a_e + n * a_n, mask))
     if HAS_INITIAL:
-        h = _load(initial + b * i_b + k * i_k + e[None, :] * i_e + n * i_n, mask, False)
+        h = _load(initial + b * i_b + k * i_k, e * i_e + n * i_n, mask)
     else:
-        h = tl.zeros((NP, BE), tl.float32)
+        h = tl.zeros((1, NP, BE), tl.float32)
     for step in range(n_chunks):
         c = (n_chunks - 1 - step) if ADJOINT else step
         row = (b * K + k) * n_chunks + c
-        at = ends + row * N * E + n * h_n + e[None, :]
-        leaves = tl.load(at, mask=mask, other=0.0)
-        duration = tl.load(lengths + row * E + e, mask=mask_e, other=0.0)
-        tl.store(at, h, mask=mask)
-        h = tl.exp2(duration[None, :] * a2) * h + leaves
+        leaves = _load(ends + row * N * E, n * E + e, mask)
+        duration = _load(lengths + row * E, e, mask_e)
+        _store(ends + row * N * E, n * E + e, h, mask)
+        h = tl.exp2(duration * a2) * h + leaves
 
 
 @triton.jit
@@ -391,13 +351,13 @@ def scan_backward(
         E, N, H, W, L, chunk, n_chunks, n_blocks, blocks_per_group, width, per_b, per_c, slots_b, slots_c,
         K, KS, codes, part, part_b, part_c, n_saved,
         g_b, g_e, g_l, u_b, u_e, u_l, d_b, d_k, d_e, d_l, a_k, a_e, a_n,
-        b_b, b_k, b_g, b_n, b_l, c_b, c_k, c_g, c_n, c_l, D_k, D_e, bias_k, bias_e, z_b, z_e, z_l, h_n,
+        b_b, b_k, b_g, b_n, b_l, c_b, c_k, c_g, c_n, c_l, D_k, D_e, bias_k, bias_e, z_b, z_e, z_l,
         gu_b, gu_e, gu_l, gd_b, gd_k, gd_e, gd_l, gb_b, gb_k, gb_g, gb_n, gb_l,
         gc_b, gc_k, gc_g, gc_n, gc_l, gz_b, gz_e, gz_l,
         KM: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, NL: tl.constexpr, CL: tl.constexpr, T: tl.constexpr,
         SAVE: tl.constexpr, B_CONST: tl.constexpr, C_CONST: tl.constexpr, B_VECTOR: tl.constexpr,
         C_VECTOR: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-        SOFTPLUS: tl.constexpr, HAS_END: tl.constexpr, FULL_N: tl.constexpr, VECTOR: tl.constexpr,
+        SOFTPLUS: tl.constexpr, HAS_END: tl.constexpr, FULL_N: tl.constexpr,
         GB_VECTOR: tl.constexpr, GC_VECTOR: tl.constexpr, INDEX64: tl.constexpr,
 ):
     """One program: one image, CR CL channels of one group, one chunk of scan time, and KM directions one after the
@@ -412,95 +372,83 @@ def scan_backward(
     block = (pid // KS) % n_blocks
     c = (pid // (KS * n_blocks)) % n_chunks
     b = (pid // (KS * n_blocks * n_chunks)).to(tl.int64)
-    group = (block // blocks_per_group).to(tl.int64)
+    group = block // blocks_per_group
     # Everything is given to all lanes of the warp, or Triton would find other layouts for what has no states and what
     # has no channels.
     nl = tl.arange(0, NL)[None, None, :, None]
     cl = tl.arange(0, CL)[None, None, None, :]
-    lane = (block % blocks_per_group) * (CR * CL) + tl.arange(0, CR)[None, :, None, None] + cl * CR + 0 * nl
+    first = (block % blocks_per_group) * (CR * CL) + cl * CR  # a thread's first channel
+    lane = first + tl.arange(0, CR)[None, :, None, None] + 0 * nl
+    e = group * width + tl.minimum(lane, width - 1)  # lanes without a channel read the last one and write nothing
+    e_first = (group * width + tl.minimum(first, width - 1)).to(tl.int64)
+    n = nl * NR + tl.arange(0, NR)[:, None, None, None] + 0 * cl
+    e64 = e.to(tl.int64)
+    n64 = n.to(tl.int64)
     mask_e = lane < width
-    e = group * width + lane
-    n = (nl * NR + tl.arange(0, NR)[:, None, None, None] + 0 * cl).to(tl.int64)
-    mask_n = n < N
-    once_e = nl + 0 * lane == 0
-    once_n = cl + 0 * n == 0
-    if VECTOR == 1:
-        once_e = once_e & mask_e
-    if not FULL_N:
-        once_n = once_n & mask_n
-    tile_mask = mask_e & mask_n
-    tile = n * h_n + e
+    mask_n = None if FULL_N else n < N
+    mask = mask_e & (n < N)
+    # Masks that differ within a vector would split it.
+    once_e = (nl == 0) & (mask_e if CR == 1 else lane >= 0)
+    once_n = (cl == 0) & (n >= 0 if FULL_N else n < N)
     t_first = c * chunk
     t_last = tl.minimum(t_first + chunk, L)
-    g_p = grad_out + b * g_b + e * g_e
-    u_p = u + b * u_b + e * u_e
-    z_p = z + b * z_b + e * z_e
-    gz_p = grad_z + b * gz_b + e * gz_e
-    acc_p = acc + b * gu_b + e * gu_e
-    gu_p = grad_u + b * gu_b + e * gu_e + k0.to(tl.int64) * part
+    g_p = grad_out + b * g_b + e64 * g_e
+    u_p = u + b * u_b + e64 * u_e
+    z_p = z + b * z_b + e64 * z_e
+    gz_p = grad_z + b * gz_b + e64 * gz_e
+    acc_p = acc + b * gu_b + e64 * gu_e
+    gu_p = grad_u + b * gu_b + e64 * gu_e + k0.to(tl.int64) * part
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
-        a2 = _rate(_load(A + k * a_k + e * a_e + n * a_n, tile_mask, False))
+        a2 = _rate(_load(A + k * a_k, e * a_e + n * a_n, mask))
         skip = 0.0
         shift = 0.0
         if HAS_D:
-            skip = _load(D + k * D_k + e * D_e, mask_e, False)
+            skip = _load(D + k * D_k, e * D_e)
         if HAS_BIAS:
-            shift = _load(bias + k * bias_k + e * bias_e, mask_e, False)
+            shift = _load(bias + k * bias_k, e * bias_e)
         sum_A = tl.zeros((NR, CR, NL, CL), tl.float32)
         sum_D = tl.zeros((1, CR, NL, CL), tl.float32)
         sum_bias = tl.zeros((1, CR, NL, CL), tl.float32)
-        d_p = delta + b * d_b + k * d_k + e * d_e
-        gd_p = grad_delta + b * gd_b + k * gd_k + e * gd_e
-        b_p = B + b * b_b + k * b_k + n * b_n
-        c_p = C + b * c_b + k * c_k + n * c_n
-        group_b = (group * width) // per_b
-        group_c = (group * width) // per_c
-        gb_p = grad_B + (block % slots_b).to(tl.int64) * part_b + b * gb_b + k * gb_k + group_b * gb_g + n * gb_n
-        gc_p = grad_C + (block % slots_c).to(tl.int64) * part_c + b * gc_b + k * gc_k + group_c * gc_g + n * gc_n
+        d_p = delta + b * d_b + k * d_k + e64 * d_e
+        gd_p = grad_delta + b * gd_b + k * gd_k + e64 * gd_e
+        group_b = e_first // per_b
+        group_c = e_first // per_c
+        b_p = B + b * b_b + k * b_k + group_b * b_g + n64 * b_n
+        c_p = C + b * c_b + k * c_k + group_c * c_g + n64 * c_n
+        gb_p = grad_B + (block % slots_b).to(tl.int64) * part_b + b * gb_b + k * gb_k + group_b * gb_g + n64 * gb_n
+        gc_p = grad_C + (block % slots_c).to(tl.int64) * part_c + b * gc_b + k * gc_k + group_c * gc_g + n64 * gc_n
         if B_CONST:
-            b_tile = _load(b_p + (e // per_b) * b_g, tile_mask, False)
             sum_B = tl.zeros((NR, CR, NL, CL), tl.float32)
-        else:
-            b_p += group_b * b_g
         if C_CONST:
-            c_tile = _load(c_p + (e // per_c) * c_g, tile_mask, False)
             sum_C = tl.zeros((NR, CR, NL, CL), tl.float32)
-        else:
-            c_p += group_c * c_g
         if HAS_END:
-            carry = tl.load(end + ((b * K + k) * n_chunks + c) * N * E + tile, mask=tile_mask, other=0.0)
+            carry = _load(end + ((b * K + k) * n_chunks + c) * N * E, n * E + e, mask)
         else:
             carry = tl.zeros((NR, CR, NL, CL), tl.float32)
         n_groups = (t_last - t_first + T - 1) // T
         for back in tl.range(0, n_groups, disable_licm=True):
             t = t_first + (n_groups - 1 - back) * T
             segment = t // SAVE
-            h = tl.load(states + ((b * K + k) * n_saved + segment - 1) * N * E + tile,
-                        mask=tile_mask & (segment > 0), other=0.0)
+            h = _load(states + 4 + ((b * K + k) * n_saved + segment - 1) * N * E, n * E + e, mask & (segment > 0))
             p, i, step, jump, length = _walk(segment * SAVE, code, H, W)
             if SAVE > T:
                 for _ in tl.range(segment * SAVE, t, disable_licm=True):
-                    dt = _step_size(_channels(d_p, _at(p, d_l, INDEX64), mask_e, VECTOR), shift, SOFTPLUS)
-                    x = _channels(u_p, _at(p, u_l, INDEX64), mask_e, VECTOR)
-                    if B_CONST:
-                        bt = b_tile
-                    else:
-                        bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR, FULL_N)
+                    dt = _step_size(_load(d_p, _at(p, d_l, INDEX64), None, CR, 1), shift, SOFTPLUS)
+                    x = _load(u_p, _at(p, u_l, INDEX64), None, CR, 1)
+                    bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR)
                     h = tl.exp2(dt * a2) * h + (dt * x) * bt
                     p, i = _next(p, i, True, step, jump, length)
             hs = (h,)
             dts = ()
             ps = ()
             for s in tl.static_range(T):
-                x = _channels(u_p, _at(p, u_l, INDEX64), mask_e, VECTOR)
-                dt = _step_size(_channels(d_p, _at(p, d_l, INDEX64), mask_e, VECTOR), shift, SOFTPLUS)
+                x = _load(u_p, _at(p, u_l, INDEX64), None, CR, 1)
+                dt = _step_size(_load(d_p, _at(p, d_l, INDEX64), None, CR, 1), shift, SOFTPLUS)
                 dt = tl.where(t + s < t_last, dt, 0.0)
-                if B_CONST:
-                    bt = b_tile
-                else:
-                    bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR, FULL_N)
+                bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR)
+                # + 0.0: or this decay and the same one below would be one value, held in registers in between
                 h = tl.exp2(dt * a2 + 0.0) * h + (dt * x) * bt
                 hs = hs + (h,)
                 dts = dts + (dt,)
@@ -510,26 +458,20 @@ def scan_backward(
             for s in tl.static_range(T - 1, -1, -1):
                 p = ps[s]
                 dt = dts[s]
-                x = _channels(u_p, _at(p, u_l, INDEX64), mask_e, VECTOR)
-                gy = tl.where(t + s < t_last, _channels(g_p, _at(p, g_l, INDEX64), mask_e, VECTOR), 0.0)
-                raw = _channels(d_p, _at(p, d_l, INDEX64), mask_e, VECTOR) + shift
-                if B_CONST:
-                    bt = b_tile
-                else:
-                    bt = _states(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR, FULL_N)
-                if C_CONST:
-                    ct = c_tile
-                else:
-                    ct = _states(c_p, _at(p, c_l, INDEX64), mask_n, C_VECTOR, FULL_N)
+                x = _load(u_p, _at(p, u_l, INDEX64), None, CR, 1)
+                gy = tl.where(mask_e & (t + s < t_last), _load(g_p, _at(p, g_l, INDEX64), None, CR, 1), 0.0)
+                raw = _load(d_p, _at(p, d_l, INDEX64), None, CR, 1) + shift
+                bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR)
+                ct = _load(c_p, _at(p, c_l, INDEX64), mask_n, C_VECTOR)
                 if KM > 1:
-                    old = _channels(acc_p, _at(p, gu_l, INDEX64), mask_e, VECTOR)
+                    old = _load(acc_p, _at(p, gu_l, INDEX64), kk > 0, CR, 1)
                 if HAS_Z:
                     y = _over_states(hs[s + 1] * ct)
                     if HAS_D:
                         y += skip * x
-                    gate = _channels(z_p, _at(p, z_l, INDEX64), mask_e, VECTOR)
+                    gate = _load(z_p, _at(p, z_l, INDEX64), None, CR, 1)
                     half = _sigmoid(gate)
-                    _put(gz_p, _at(p, gz_l, INDEX64), gy * y * half * (1.0 + gate * (1.0 - half)), once_e, 1, VECTOR)
+                    _store(gz_p, _at(p, gz_l, INDEX64), gy * y * half * (1.0 + gate * (1.0 - half)), once_e, CR, 1)
                     gy = gy * gate * half
                 gh = carry + gy * ct
                 g_du = _over_states(gh * bt)
@@ -540,36 +482,34 @@ def scan_backward(
                 if C_CONST:
                     sum_C += gy * hs[s + 1]
                 else:
-                    _put(gc_p, _at(p, gc_l, INDEX64), _over_channels(gy * hs[s + 1]), once_n, 0, GC_VECTOR)
+                    _store(gc_p, _at(p, gc_l, INDEX64), _over_channels(gy * hs[s + 1]), once_n, GC_VECTOR)
                 if B_CONST:
                     sum_B += gh * (dt * x)
                 else:
-                    _put(gb_p, _at(p, gb_l, INDEX64), _over_channels(gh * (dt * x)), once_n, 0, GB_VECTOR)
+                    _store(gb_p, _at(p, gb_l, INDEX64), _over_channels(gh * (dt * x)), once_n, GB_VECTOR)
                 if SOFTPLUS:
                     g_dt *= tl.exp2((raw - dt) * LOG2E)  # softplus'(x) = e^(x - softplus(x))
                 if HAS_BIAS:
                     sum_bias += tl.where(t + s < t_last, g_dt, 0.0)
-                _put(gd_p, _at(p, gd_l, INDEX64), g_dt, once_e, 1, VECTOR)
+                _store(gd_p, _at(p, gd_l, INDEX64), g_dt, once_e, CR, 1)
                 gx = g_du * dt
                 if HAS_D:
                     gx += gy * skip
                     sum_D += gy * x
                 if KM > 1:
-                    gx += tl.where(kk > 0, old, 0.0)
-                    _put(acc_p, _at(p, gu_l, INDEX64), gx, once_e & (kk < KM - 1), 1, VECTOR)
-                    _put(gu_p, _at(p, gu_l, INDEX64), gx, once_e & (kk == KM - 1), 1, VECTOR)
-                else:
-                    _put(gu_p, _at(p, gu_l, INDEX64), gx, once_e, 1, VECTOR)
+                    gx += old
+                    _store(acc_p, _at(p, gu_l, INDEX64), gx, once_e & (kk < KM - 1), CR, 1)
+                _store(gu_p, _at(p, gu_l, INDEX64), gx, once_e & (kk == KM - 1), CR, 1)
         row = (b * n_chunks + c) * K + k
-        tl.store(grad_A + (row * E + e) * N + n, sum_A, mask=tile_mask)
+        _store(grad_A + row * E * N, e * N + n, sum_A, mask)
         if B_CONST:
-            tl.store(grad_B + row * N * E + tile, sum_B, mask=tile_mask)
+            _store(grad_B + row * N * E, n * E + e, sum_B, mask)
         if C_CONST:
-            tl.store(grad_C + row * N * E + tile, sum_C, mask=tile_mask)
+            _store(grad_C + row * N * E, n * E + e, sum_C, mask)
         if HAS_D:
-            tl.store(grad_D + row * E + e, sum_D, mask=once_e & mask_e)
+            _store(grad_D + row * E, e, sum_D, once_e)
         if HAS_BIAS:
-            tl.store(grad_bias + row * E + e, sum_bias, mask=once_e & mask_e)
+            _store(grad_bias + row * E, e, sum_bias, once_e)
         if KM > 1:
             tl.debug_barrier()  # the next direction reads what this one wrote to `acc`
 

@@ -17,8 +17,9 @@ __all__ = ['Plan', 'backward', 'forward', 'make_plan', 'missing', 'states_shape'
 
 MAX_STATES = 64
 OLDEST = (3, 5)  # older ones do not compile the kernels
-# Steps between two saved states: 4 N / SAVE bytes per channel, direction and step, written once, read SAVE / T times.
-SAVE = 8
+# Steps between two saved states. They are most of what a training step keeps: 4 N / SAVE bytes per channel, direction
+# and step. The backward finds the states in between again, (SAVE / STEPS + 1) / 2 times each.
+SAVE = 16
 STEPS = 4     # steps of a group of the backward, whose states are in registers
 CHANNELS = 2  # of a thread of the backward
 DEVICES = ('cuda', 'xpu')  # ROCm's device type is 'cuda' too
@@ -67,13 +68,13 @@ def missing(tensors: Sequence[Tensor]) -> Optional[str]:
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tuple[int]:
-    """Shape of the states that the forward saves, (B, K, segments - 1, N, E) and two zeros, flattened.
+    """Shape of the states that the forward saves: 4 zeros and (B, K, segments - 1, N, E), flattened.
 
     One before each segment of `SAVE` steps but the first, where it is zero. One dimension that is never 0 or 1, because
     torch.export fixes a dimension that happens to be.
     """
     segments = -(-u.shape[2] * u.shape[3] // SAVE)
-    return (u.shape[0] * A.shape[0] * (segments - 1) * A.shape[2] * u.shape[1] + 2,)
+    return (u.shape[0] * A.shape[0] * (segments - 1) * A.shape[2] * u.shape[1] + 4,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +130,16 @@ def forward_layout(states: int, wave: int, vector: int, steps: int = 4) -> Dict[
     return dict(NV=vector, NQ=padded // vector, BE=wave, T=steps if padded <= 16 else 4)
 
 
-def backward_layout(states: int, wave: int, constant: bool) -> Dict[str, int]:
+def backward_layout(states: int, wave: int, width: int, vector: int) -> Dict[str, int]:
     """Compile-time sizes of the backward: how a warp's registers and lanes are spread over states and channels.
 
-    A thread holds 4 states of `CHANNELS` channels, where that leaves no more than 8 lanes for the states.
+    A thread holds 4 states, where that leaves no more than 8 lanes for the states, of `vector` channels, where these
+    divide a group's `width` channels: in one access, or not at all.
     """
     padded = _power_of_two(states)
     registers = max(min(padded, 4), padded // 8)
     lanes = padded // registers
-    # Constant projections and the sums of their gradients are tiles in registers too.
-    channels = 1 if constant or registers > 4 else CHANNELS
+    channels = vector if registers <= 4 and width % (vector * wave // lanes) == 0 else 1
     return dict(NR=registers, CR=channels, NL=lanes, CL=wave // lanes, T=STEPS)
 
 
@@ -183,7 +184,6 @@ class _Scan:
             raise ValueError(f'directions cannot share a program where the scan of {self.L} steps is cut into chunks '
                              f'of {plan.chunk}')
         self.programs = self.batch * (1 if self.merge else self.K) * self.n_chunks * self.n_blocks
-        self.full = self.width % channels == 0
 
     def index64(self, *outputs: Tensor) -> bool:
         """Whether the maps of these tensors and of the inputs are too large for offsets of 32 bits."""
@@ -216,17 +216,18 @@ def _flat(t: Optional[Tensor]) -> Optional[Tensor]:
     return t if t is None or _is_flat(t) else t.contiguous()
 
 
-def _flat_like(t: Tensor) -> Tensor:
-    """`torch.empty_like(t)`, or contiguous if that had no flat maps."""
-    out = torch.empty_like(t)
-    return out if _is_flat(out) else t.new_empty(t.shape)
+def _writable(like: Tensor) -> Tensor:
+    """like, or as much memory in a layout that the kernels write: they take maps that are flat, weights in a row."""
+    fits = _is_flat(like) if like.dim() > 3 else like.is_contiguous()
+    return like if fits else like.new_empty(like.shape)
 
 
 def _strides(t: Optional[Tensor], dims: int) -> Tuple[int, ...]:
-    """Strides of all dimensions but the map's, and of its positions; `dims` zeros for no tensor."""
+    """Strides of all dimensions but the map's, and of its positions, 0 if there is one; `dims` zeros for no tensor."""
     if t is None:
         return (0,) * dims
-    return (*t.stride()[:-2], t.stride(-2) if t.shape[-1] == 1 else t.stride(-1))
+    height, width = t.shape[-2:]
+    return (*t.stride()[:-2], t.stride(-1) if width > 1 else t.stride(-2) if height > 1 else 0)
 
 
 def _vector(t: Tensor, unit: int, limit: int) -> int:
@@ -280,9 +281,9 @@ def _chunk_states(scan: _Scan, x: Tensor, adjoint: bool, initial: Optional[Tenso
     u, A = scan.u, scan.A
     ends = u.new_empty((scan.batch, scan.K, scan.n_chunks, scan.N, scan.E), dtype=torch.float32)
     lengths = u.new_empty((scan.batch, scan.K, scan.n_chunks, scan.E), dtype=torch.float32)
-    B, const = (scan.C, scan.c_const) if adjoint else (scan.B, scan.b_const)
+    B = scan.C if adjoint else scan.B
     z = scan.z if adjoint else None
-    layout = forward_layout(scan.N, _wave(), 1 if const else scan.vector(B, 8))
+    layout = forward_layout(scan.N, _wave(), scan.vector(B, 8))
     per_group = -(-scan.width // layout['BE'])
     n_blocks = per_group * scan.groups
     _launch(
@@ -291,15 +292,13 @@ def _chunk_states(scan: _Scan, x: Tensor, adjoint: bool, initial: Optional[Tenso
         scan.E, scan.N, scan.H, scan.W, scan.L, scan.chunk, scan.n_chunks, n_blocks, per_group, scan.width,
         scan.E // B.shape[2], scan.K, scan.codes,
         *_strides(x, 3), *_strides(scan.delta, 4), *A.stride(), *_strides(B, 5), *_weight(scan.bias), *_strides(z, 3),
-        scan.E,
-        **layout, B_CONST=const, HAS_Z=z is not None, ADJOINT=adjoint,
-        FULL_N=scan.full_n, FULL_E=scan.width % layout['BE'] == 0,
-        INDEX64=scan.index64(x), **scan.flags, num_warps=1)
+        **layout, HAS_Z=z is not None, ADJOINT=adjoint, FULL_N=scan.full_n, INDEX64=scan.index64(x),
+        **scan.flags, num_warps=1)
     blocks = -(-scan.E // layout['BE'])
     _launch(
         'chunk_carry', scan.batch * scan.K * blocks,
         ends, lengths, A, ends if initial is None else initial, scan.E, scan.N, scan.n_chunks, blocks, scan.K,
-        *A.stride(), scan.E, *((0,) * 4 if initial is None else initial.stride()),
+        *A.stride(), *((0,) * 4 if initial is None else initial.stride()),
         NP=_power_of_two(scan.N), BE=layout['BE'], HAS_INITIAL=initial is not None, ADJOINT=adjoint, num_warps=1)
     return ends
 
@@ -326,18 +325,16 @@ def forward(
         out (B, E, H, W) in u's dtype and layout, the last states (B, K, E, N) float32 or an empty tensor, and the saved
         states (`states_shape`) or an empty tensor.
     """
-    given = u
+    like = torch.empty_like(u)
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions)
     u, delta, B, C, z = scan.u, scan.delta, scan.B, scan.C, scan.z
-    vectors = [scan.vector(t, 8) for t, const in ((B, scan.b_const), (C, scan.c_const)) if not const]
-    layout = forward_layout(scan.N, _wave(), min(vectors, default=1), 8 if u.element_size() == 2 else 4)
+    vector = min(scan.vector(B, 8), scan.vector(C, 8))
+    layout = forward_layout(scan.N, _wave(), vector, 8 if u.element_size() == 2 else 4)
     scan.cut(layout['BE'], plan)
-    out = _flat_like(u)
+    out = _writable(like)
     # An operator may not return one tensor twice: an empty one each.
     last = u.new_empty((scan.batch, scan.K, scan.E, scan.N) if want_last_state else (0,), dtype=torch.float32)
     states = u.new_empty(states_shape(u, A, B, C) if save_states else (0,), dtype=torch.float32)
-    if save_states:
-        states[-2:] = 0.0
     start = _chunk_states(scan, u, False, None) if scan.n_chunks > 1 else None
     target = out if scan.merge else _parts(out, scan.K)
     acc = out if scan.K == 1 or out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
@@ -348,10 +345,10 @@ def forward(
         u if start is None else start, acc if scan.merge else target, target, last, states,
         *scan.cuts(), scan.E // B.shape[2], scan.E // C.shape[2], scan.K, 1 if scan.merge else scan.K, scan.codes,
         0 if scan.merge else out.numel(), scan.n_saved,
-        *scan.strides(), *_strides(out, 3), scan.E,
-        KM=scan.K if scan.merge else 1, **layout, SAVE=SAVE, B_CONST=scan.b_const, C_CONST=scan.c_const,
-        HAS_D=D is not None, HAS_Z=gated, HAS_START=start is not None, WANT_LAST=want_last_state,
-        SAVE_STATES=save_states, FULL_N=scan.full_n, FULL_E=scan.full, INDEX64=scan.index64(out), **scan.flags,
+        *scan.strides(), *_strides(out, 3),
+        KM=scan.K if scan.merge else 1, **layout, SAVE=SAVE, HAS_D=D is not None, HAS_Z=gated,
+        HAS_START=start is not None, WANT_LAST=want_last_state,
+        SAVE_STATES=save_states, FULL_N=scan.full_n, INDEX64=scan.index64(out), **scan.flags,
         num_warps=1)
     if not scan.merge:
         if z is None:
@@ -359,7 +356,7 @@ def forward(
         else:
             _add_up([(target, acc, scan.K)], [])
             out.copy_(acc * torch.nn.functional.silu(z.float()))
-    return _in_layout(out, given), last, states
+    return out if out is like else like.copy_(out), last, states
 
 
 def backward(
@@ -382,8 +379,9 @@ def backward(
     """Gradients of u, delta, A, B, C, D, z, delta_bias; an empty tensor for each that is absent. Deterministic."""
     if states.numel() != math.prod(states_shape(u, A, B, C)):
         raise RuntimeError(f'the saved states have shape {tuple(states.shape)}, not {states_shape(u, A, B, C)}')
-    grad_z = u.new_empty(0) if z is None else _flat_like(z)
-    given_z = z
+    likes = [u.new_empty((0,)) if t is None else torch.empty_like(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
+    grads = [_writable(like) for like in likes]
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = grads
     if z is not None and len(directions) > 1:
         # The gate multiplies the sum over directions, which no single pass has: one more forward finds it.
         total, _, _ = forward(u.float(), delta, A, B, C, D, None, delta_bias, delta_softplus, directions, False, False,
@@ -392,19 +390,19 @@ def backward(
         gate = torch.sigmoid(zf)
         grad_z.copy_(g * total * gate * (1 + zf * (1 - gate)))
         grad_out, z = g * zf * gate, None
-    given = (u, delta, A, B, C, D, given_z, delta_bias)
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions)
     u, delta, B, C, z, grad_out = scan.u, scan.delta, scan.B, scan.C, scan.z, _flat(grad_out)
-    layout = backward_layout(scan.N, _wave(), scan.b_const or scan.c_const)
+    # Constant projections' channels differ in B and C, and their gradients' sums are tiles in registers.
+    channels = 1 if scan.b_const or scan.c_const else min(
+        _vector(t, dim, CHANNELS) for t, dim in (
+            (grad_out, 1), (u, 1), (delta, 2), (u if z is None else z, 1), (grad_u, 1), (grad_delta, 2)))
+    layout = backward_layout(scan.N, _wave(), scan.width, channels)
     scan.cut(layout['CR'] * layout['CL'], plan)
-
     end = None
     if scan.n_chunks > 1:
         end = _chunk_states(scan, grad_out, True, grad_last)
     elif grad_last is not None:
         end = grad_last.transpose(-1, -2).to(torch.float32).contiguous()  # (B, K, N, E), like a chunk's
-
-    grad_u, grad_delta, grad_B, grad_C = (_flat_like(t) for t in (u, delta, B, C))
     # What a program writes: the gradient itself, or its part of it, float32.
     few, many = [], []
 
@@ -420,21 +418,16 @@ def backward(
         slots = scan.n_blocks // grad.shape[2]
         return parts(grad, slots, few), slots
 
-    def weights(t: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        grad = u.new_empty((0,)) if t is None else t.new_empty(t.shape)
-        return grad, u if t is None else parts(grad, scan.batch * scan.n_chunks, many)
+    def weights(grad: Tensor) -> Tensor:
+        return parts(grad, scan.batch * scan.n_chunks, many) if grad.numel() else grad
 
-    # Where channels are contiguous and aligned, all of a thread's are one access.
-    vector = layout['CR'] if scan.full and all(
-        t is None or _vector(t, dim, layout['CR']) == layout['CR'] for t, dim in (
-            (grad_out, 1), (u, 1), (delta, 2), (z, 1), (grad_u, 1), (grad_delta, 2))) else 1
     to_u = grad_u if scan.merge else parts(grad_u, scan.K, few)
     acc = to_u
     if scan.merge and scan.K > 1 and u.dtype != torch.float32:
         acc = torch.empty_like(grad_u, dtype=torch.float32)
     to_B, slots_b = scanned(grad_B, scan.b_const)
     to_C, slots_c = scanned(grad_C, scan.c_const)
-    (grad_A, to_A), (grad_D, to_D), (grad_bias, to_bias) = weights(A), weights(D), weights(delta_bias)
+    to_A, to_D, to_bias = weights(grad_A), weights(grad_D), weights(grad_bias)
     _launch(
         'scan_backward', scan.programs,
         grad_out, u, delta, A, B, C, u if D is None else D, u if z is None else z,
@@ -442,12 +435,11 @@ def backward(
         to_u, grad_delta, to_A, to_B, to_C, to_D, to_bias, grad_u if z is None else grad_z, acc,
         *scan.cuts(), scan.E // B.shape[2], scan.E // C.shape[2], slots_b, slots_c, scan.K,
         1 if scan.merge else scan.K, scan.codes, 0 if scan.merge else u.numel(), B.numel(), C.numel(), scan.n_saved,
-        *_strides(grad_out, 3), *scan.strides(), scan.E, *_strides(grad_u, 3), *_strides(grad_delta, 4),
+        *_strides(grad_out, 3), *scan.strides(), *_strides(grad_u, 3), *_strides(grad_delta, 4),
         *_strides(grad_B, 5), *_strides(grad_C, 5), *_strides(None if z is None else grad_z, 3),
         KM=scan.K if scan.merge else 1, **layout, SAVE=SAVE, B_CONST=scan.b_const, C_CONST=scan.c_const,
         B_VECTOR=scan.vector(B, layout['NR']), C_VECTOR=scan.vector(C, layout['NR']), HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_END=end is not None,
-        FULL_N=scan.full_n, VECTOR=vector,
+        HAS_Z=z is not None, HAS_END=end is not None, FULL_N=scan.full_n,
         GB_VECTOR=_vector(grad_B, 3, layout['NR'] if scan.full_n else 1),
         GC_VECTOR=_vector(grad_C, 3, layout['NR'] if scan.full_n else 1),
         INDEX64=scan.index64(grad_out), **scan.flags, num_warps=1)
@@ -456,11 +448,4 @@ def backward(
         if const:
             per_group = part.sum(1).unflatten(-1, (grad.shape[2], -1)).sum(-1)  # (B, K, N, G)
             grad.copy_(per_group.transpose(-1, -2)[..., None, None])
-    grads = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)
-    return tuple(grad if t is None else _in_layout(grad, t) for t, grad in zip(given, grads))
-
-
-def _in_layout(grad: Tensor, t: Tensor) -> Tensor:
-    """grad in the layout that `torch.empty_like(t)` has."""
-    like = torch.empty_like(t, device='meta')
-    return grad if like.stride() == grad.stride() else torch.empty_like(t).copy_(grad)
+    return tuple(like if grad is like else like.copy_(grad) for like, grad in zip(likes, grads))
