@@ -8,7 +8,7 @@ the first of the changes alone:
 - It leaves out its overflow check of integer sums, half of what remains.
 - Cases of many steps keep their names and parameters but run on fewer steps (`LENGTHS`, `MAPS`): enough for several
   segments between saved states.
-- Of the product of lengths, states and variants it runs a fifth, in which every two of them meet.
+- Of the products of many parameters it runs a part (`THINNED`), in which every value meets most of the others.
 - Outcomes go, as JSON, to the file that VIM2_TEST_OUTCOMES names.
 """
 import dataclasses
@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 # Steps of a scan, or rows and columns of a map, as the suite asks for them: as they run here.
 LENGTHS = {35: 5, 63: 9, 100: 18, 1000: 33}
 MAPS = {(1, 9): (1, 5), (9, 1): (5, 1), (5, 7): (3, 5), (8, 8): (4, 4), (13, 6): (6, 3), (9, 6): (4, 3), (9, 9): (3, 3)}
+THINNED = {'test_sequence': 5, 'test_map': 3}  # a fifth of lengths x states x variants, a third of shapes x states
 WHOLE = ('test_meta',)  # asserts the shape of a result that is not computed
 outcomes = {}
 
@@ -65,11 +66,13 @@ _dtypes_by_name()
 
 
 def pytest_collection_modifyitems(config, items):
-    product = [item for item in items if item.name.startswith('test_sequence[')]
-    values = [list(dict.fromkeys(item.callspec.params[key] for item in product))
-              for key in ('length', 'states', 'variant')]
-    dropped = [item for item in product if sum(
-        known.index(item.callspec.params[key]) for key, known in zip(('length', 'states', 'variant'), values)) % 5]
+    dropped = []
+    for function, fraction in THINNED.items():
+        product = [item for item in items if item.name.startswith(function + '[')]
+        values = {key: list(dict.fromkeys(item.callspec.params[key] for item in product))
+                  for key in product[0].callspec.params} if product else {}
+        dropped += [item for item in product if sum(
+            known.index(item.callspec.params[key]) for key, known in values.items()) % fraction]
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
 

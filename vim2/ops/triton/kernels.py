@@ -159,27 +159,29 @@ def scan_forward(
     block = (pid // KS) % n_blocks
     c = (pid // (KS * n_blocks)) % n_chunks
     b = (pid // (KS * n_blocks * n_chunks)).to(tl.int64)
-    group = (block // blocks_per_group).to(tl.int64)
+    group = block // blocks_per_group
     lane = (block % blocks_per_group) * BE + tl.arange(0, BE)[None, None, :]
     mask_e = lane < width
     e = group * width + tl.minimum(lane, width - 1)  # lanes without a channel read the last one and write nothing
-    n = (tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane).to(tl.int64)
+    n = tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane
+    e64 = e.to(tl.int64)
+    n64 = n.to(tl.int64)
     mask = mask_e & (n < N)
     mask_n = None if FULL_N else n < N
     t_first = c * chunk
     t_last = tl.minimum(t_first + chunk, L)
-    u_p = u + b * u_b + e * u_e
-    z_p = z + b * z_b + e * z_e
-    acc_p = acc + b * o_b + e * o_e
-    out_p = out + b * o_b + e * o_e + k0.to(tl.int64) * part
+    u_p = u + b * u_b + e64 * u_e
+    z_p = z + b * z_b + e64 * z_e
+    acc_p = acc + b * o_b + e64 * o_e
+    out_p = out + b * o_b + e64 * o_e + k0.to(tl.int64) * part
     if SAVE_STATES:
         tl.store(states + tl.arange(0, 4), tl.zeros((4,), tl.float32))  # see `launch.states_shape`
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
-        d_p = delta + b * d_b + k * d_k + e * d_e
-        b_p = B + b * b_b + k * b_k + (e // per_b) * b_g + n * b_n
-        c_p = C + b * c_b + k * c_k + (e // per_c) * c_g + n * c_n
+        d_p = delta + b * d_b + k * d_k + e64 * d_e
+        b_p = B + b * b_b + k * b_k + (e64 // per_b) * b_g + n64 * b_n
+        c_p = C + b * c_b + k * c_k + (e64 // per_c) * c_g + n64 * c_n
         a2 = _rate(_load(A + k * a_k, e * a_e + n * a_n, mask))
         skip = 0.0
         shift = 0.0
@@ -187,16 +189,15 @@ def scan_forward(
             skip = _load(D + k * D_k, e * D_e)
         if HAS_BIAS:
             shift = _load(bias + k * bias_k, e * bias_e)
-        tile = n * E + e
         if HAS_START:
-            h = _load(start + ((b * K + k) * n_chunks + c) * N * E, tile, mask)
+            h = _load(start + ((b * K + k) * n_chunks + c) * N * E, n * E + e, mask)
         else:
             h = tl.zeros((NV, NQ, BE), tl.float32)
         p, i, step, jump, length = _walk(t_first, code, H, W)
         for t in range(t_first, t_last, T):
             if SAVE_STATES:
                 if (t % SAVE == 0) & (t > 0):  # the state at t = 0 is zero
-                    _store(states + 4 + ((b * K + k) * n_saved + t // SAVE - 1) * N * E, tile, h, mask)
+                    _store(states + 4 + ((b * K + k) * n_saved + t // SAVE - 1) * N * E, n * E + e, h, mask)
             # All loads of T steps first. Past the end the last position is read, computed with a step of zero and
             # written again: the same values, and no mask to carry.
             us = ()
