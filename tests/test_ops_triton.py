@@ -25,6 +25,7 @@ EXCLUDED = {  # tests of the suite that this backend does not run, and why
     'test_any_number_of_threads_gives_the_same_bits': "of the CPU backend's threads",
     'test_concurrent_calls': "of the CPU backend's threads; the interpreter is not reentrant",
     'test_peak_memory': "of the CPU backend's memory",
+    'test_torchscript': "a script takes the device's own backend, which the interpreter's is not: bits differ",
     'test_light_import': 'of the automatic choice on a CPU; test_a_cpu_tensor_never_imports_triton is its counterpart',
 }
 
