@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 import shutil
 import sys
 import types
@@ -249,7 +250,9 @@ def test_channel_mixers_can_leave_the_identity(source, image):
     for stage in model.stages:
         for average in stage.averages:
             assert average.weight.tolist() == [0.] * (average.num_inputs - 1) + [1.]
-            assert (average.weight.grad != 0).all()
+            # The latest output's weight scales all that the mixer reads while the others are 0, and LayerNorm takes a
+            # scale out again: its gradient is rounding.
+            assert (average.weight.grad[:-1] != 0).all() and average.weight.grad.isfinite().all()
 
 
 def test_the_model_is_not_changed(source):
@@ -574,6 +577,7 @@ def test_a_failure_while_writing_leaves_nothing(source, tmp_path, tool, monkeypa
     written = []
 
     def full(model, folder, **kwargs):
+        Path(folder).mkdir()
         save_file(model.state_dict(), f'{folder}/model.safetensors')
         written.append(folder)
         raise OSError(28, 'No space left on device')

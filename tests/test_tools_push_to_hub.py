@@ -177,9 +177,14 @@ def test_training_checkpoint(run_folder, tmp_path, tool, name, ema, epochs):
 
 
 def test_unknown_label_names(run_folder, npz_dir, tmp_path, tool):
-    """A checkpoint alone does not know them, and the architecture's are not taken for them; a data set does."""
+    """Weights alone do not know them (the architecture's are not theirs); a training state and a data set do."""
+    checkpoint = torch.load(run_folder / 'last.pth.tar', weights_only=True)
+    known = tmp_path / 'known.pth.tar'
+    known.write_bytes((run_folder / 'last.pth.tar').read_bytes())
+    result = tool('push_to_hub', known, '--repo', REPO, '--dry-run', '--out', tmp_path / 'known')
+    assert result.code == 0 and '- **Classes:** 4: red, green, blue, gray' in result.out
     alone = tmp_path / 'alone.pth.tar'
-    alone.write_bytes((run_folder / 'last.pth.tar').read_bytes())
+    torch.save({k: v for k, v in checkpoint.items() if k not in ('label_names', 'checksum')}, alone)
     result = tool('push_to_hub', alone, '--repo', REPO, '--dry-run', '--out', tmp_path / 'a')
     assert result.code == 0 and '- **Classes:** 4\n' in result.out and 'print(int(i),' in result.out
     assert 'label_names' not in (tmp_path / 'a' / 'config.json').read_text()
@@ -264,7 +269,7 @@ def test_weights_that_are_not_finite(token, tool, tmp_path):
     state['norm.weight'][3] = float('nan')
     save_file(state, tmp_path / 'w.safetensors')
     result = tool('push_to_hub', tmp_path / 'w.safetensors', '--model', 'test_vim2', '--repo', REPO)
-    assert result.code == 2 and 'gives values that are not finite' in result.err and not token.seen('/api/')
+    assert result.code == 2 and 'has weights that are not finite: norm.weight' in result.err and not token.seen('/api/')
 
 
 @pytest.mark.parametrize('args, message', [
@@ -544,5 +549,5 @@ def test_measuring_does_not_change_the_folder(run_folder, npz_dir):
     push_to_hub.measure(source.model, args, push_to_hub.open_data(args, source))
     assert all(torch.equal(before[k], v) for k, v in source.model.state_dict().items())
     with pytest.raises(UserError, match='has 4 classes'):
-        source.model.num_classes = 5
+        source.model.num_classes, source.label_names = 5, None
         push_to_hub.open_data(args, source)
