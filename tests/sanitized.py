@@ -58,8 +58,10 @@ def main() -> int:
     arguments = sys.argv[1:] or [str(ROOT / 'tests' / name) for name in ('test_ops.py', 'test_ops_cpu.py')]
     with tempfile.TemporaryDirectory() as folder:
         env = prepare(Path(folder), os.environ.get('VIM2_SCAN_ISA') or best_isa())
-        return subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *arguments], env=env,
-                              cwd=ROOT).returncode
+        # in that folder: Python looks for the package in the working directory first
+        return subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-c',
+                               str(ROOT / 'pyproject.toml'), *(os.path.abspath(a) if os.path.exists(a) else a
+                                                               for a in arguments)], env=env, cwd=folder).returncode
 
 
 if __name__ == '__main__':
