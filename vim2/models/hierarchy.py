@@ -1,7 +1,8 @@
 """What hierarchical backbones have in common: stem, patch merging, and the interface of a timm model."""
-from typing import List, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,8 +120,32 @@ class HierarchicalBackbone(nn.Module):
     """The timm interface of a network of `stem`, `stages` (a Sequential), `norm` and `head` (a ClassifierHead).
 
     NCHW between the parts. A subclass builds them, and sets `num_classes`, `num_features`, `head_hidden_size` and
-    `feature_info`, which has one entry a stage. `norm` is over the last dimension; a stage has `grad_checkpointing`.
+    `feature_info`, which has one entry a stage. `norm` is over the last dimension; a stage has `downsample`, `blocks`
+    and `grad_checkpointing`.
     """
+
+    def _init_weights(self, m: nn.Module) -> None:
+        if isinstance(m, nn.Linear):  # S6's own parameters are none, and keep Mamba's initialisation
+            trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters of the state spaces (A, D, step sizes' biases), norms, biases and scalars."""
+        return {n for n, p in self.named_parameters()
+                if p.ndim <= 1 or n.rpartition('.')[2] in ('A_logs', 'Ds', 'dt_projs_bias')}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Layer groups for layer-wise learning rate decay; a mixer and the average that it reads are one group."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.(?:blocks|averages)\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -10,11 +10,11 @@ weights; docs/design.md lists every decision that the paper leaves open.
 Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -239,30 +239,6 @@ class VisionMambaMixer(HierarchicalBackbone):
         self.head = ClassifierHead(prev_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
 
         self.apply(self._init_weights)
-
-    def _init_weights(self, m: nn.Module) -> None:
-        if isinstance(m, nn.Linear):  # S6's own parameters are none, and keep Mamba's initialisation
-            trunc_normal_(m.weight, std=.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters of the state spaces (A, D, step sizes), norms, biases and averaging scalars."""
-        s6 = ('A_logs', 'Ds', 'dt_projs_bias', 'dt_projs_diag')
-        return {n for n, p in self.named_parameters()
-                if p.ndim <= 1 or n.endswith('.bias') or n.rpartition('.')[2] in s6}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Layer groups for layer-wise learning rate decay; a mixer and the average that it reads are one group."""
-        return dict(
-            stem=r'^stem',
-            blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.(?:blocks|averages)\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ])
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: VisionMambaMixer) -> Dict[str, Tensor]:
