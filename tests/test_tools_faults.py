@@ -1,12 +1,14 @@
 """Files with absent or odd fields, in every tool that reads them: one line and exit code 2, or a result."""
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import CLASSES, colored_image, jpeg, write_npz
+from conftest import CLASSES, colored_image, jpeg, tool_environment, write_npz
 
 import _common as common
 import _datasets as datasets
@@ -179,3 +181,55 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             common.run(main)
         assert stop.value.code == 2 and 'out of memory (' in (text := capsys.readouterr().err) and text.count('\n') == 1
+
+
+# raises what a read-only file system raises, for root too, whom permissions do not stop; but for a temporary folder,
+# where PyTorch makes one of its own when it is imported
+READ_ONLY = '''
+import os, sys
+def read_only(event, args):
+    if event == 'open' and args[0] not in ('/dev/null', os.devnull) and not isinstance(args[0], int):
+        writes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    else:
+        writes = event in ('os.mkdir', 'os.rename', 'os.remove', 'os.link', 'os.symlink', 'tempfile.mkdtemp',
+                           'tempfile.mkstemp', 'sqlite3.connect')
+    if writes and not str(args[0]).startswith(os.environ['TMPDIR']):
+        raise OSError(30, 'Read-only file system', str(args[0]))
+sys.addaudithook(read_only)
+'''
+EVERYTHING = READ_ONLY + '''
+try:
+    open('probe', 'w')
+except OSError as e:
+    assert e.errno == 30
+else:
+    raise AssertionError('the hook does nothing')
+import timm, torch, vim2, vim2.forecasting
+import predict, validate
+for name in ('test_vim2', 'test_vmamba', 'test_vim', 'vim2_micro_patch4_64.tiny_imagenet'):
+    model = timm.create_model(name, pretrained='.' in name)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), name
+vim2.models.TSM2(num_variates=2, lookback=32, horizon=8, d_model=8, depth=1)(torch.randn(2, 32, 2)).sum().backward()
+model = ['--model', 'local-dir:' + sys.argv[1] + '/model', '--device', 'cpu', '--json']
+for tool, arguments in ((predict, [sys.argv[1] + '/a.png']), (
+        validate, ['--dataset', 'npz', '--data-dir', '.', '--split', 'test', '-j', '0'])):
+    sys.argv[1:] = arguments + model
+    assert not tool.main()
+'''
+
+
+def test_everything_runs_where_nothing_can_be_written(root, folder, tmp_path):
+    """No home, no cache, a package that is read-only: models train, tools classify and measure."""
+    nowhere = {k: '/dev/null/none' for k in ('HOME', 'XDG_CACHE_HOME', 'HF_HOME', 'TORCH_HOME', 'TRITON_CACHE_DIR',
+                                             'MPLCONFIGDIR')}
+    (tmp_path / 'tmp').mkdir()
+    environment = tool_environment(PYTHONPATH=f'{root}:{root / "tools"}', TMPDIR=str(tmp_path / 'tmp'), **nowhere)
+    environment.pop('TORCHINDUCTOR_CACHE_DIR', None)
+    write_npz(tmp_path / 'test.npz', [jpeg(colored_image(1, np.random.default_rng(0)))] * 3, [1] * 3)
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, '-B', '-c', EVERYTHING, str(folder)], text=True, capture_output=True,
+                          cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert '"results"' in done.stdout and '"count": 3' in done.stdout
+    assert sorted(tmp_path.iterdir()) == before and not [p for p in (tmp_path / 'tmp').rglob('*') if p.is_file()]

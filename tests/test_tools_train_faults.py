@@ -272,21 +272,22 @@ time.sleep(60)
 
 PROBE = '''
 import os, signal, sys
-import _common, train
+import _common, torch, train
 rank = int(os.environ['RANK'])
 def act(self, loss, need_update, original=train.Trainer.backward):
     original(self, loss, need_update)
-    if rank == 1 and self.progress.updates == 3:
-        os._exit(9) if {kill} else os.kill(os.getpid(), signal.SIGTERM)
+    if rank == 1 and self.progress.updates in (3, 6):
+        {action}
 train.Trainer.backward = act
 _common.run(train.main)
 '''
 
 
-def two_processes(npz_dir, tmp_path, root, kill):
+def two_processes(npz_dir, tmp_path, root, action, *more):
     """Two gloo processes, without torchrun, which would end one for the other; in the second something happens."""
     port = 31000 + os.getpid() % 2000
-    command = [sys.executable, '-c', PROBE.format(kill=kill), *options(npz_dir, tmp_path, '-b', 8, '--epochs', 2)]
+    command = [sys.executable, '-c', PROBE.format(action=action),
+               *options(npz_dir, tmp_path, '-b', 8, '--epochs', 2, *more)]
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                   env=tool_environment(
                                       PYTHONPATH=f'{root}/tools:{root}', RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2',
@@ -300,14 +301,33 @@ def two_processes(npz_dir, tmp_path, root, kill):
 
 
 def test_a_process_that_dies_ends_the_others_with_a_reason(npz_dir, tmp_path, root):
-    (code, error), (died, _) = two_processes(npz_dir, tmp_path, root, kill=True)
+    (code, error), (died, _) = two_processes(npz_dir, tmp_path, root, 'os._exit(9)')
     assert died == 9 and code == 2, error
     assert 'train.py: error: another process of the run has ended' in error.replace('-c: ', 'train.py: ')
     assert 'Traceback' not in error
 
 
 def test_a_signal_to_one_process_ends_all_with_a_checkpoint(npz_dir, tmp_path, root):
-    results = two_processes(npz_dir, tmp_path, root, kill=False)
+    results = two_processes(npz_dir, tmp_path, root, 'os.kill(os.getpid(), signal.SIGTERM)')
     assert [code for code, _ in results] == [143, 143], results
     progress = load(tmp_path / 'run' / 'last.pth.tar')['progress']
     assert progress['updates'] in (4, 5) and progress['samples'] == 16 * progress['updates']
+
+
+def test_processes_with_other_clocks_end_minutes_together(npz_dir, tmp_path, root):
+    """One's clock jumps, into the decay and to the end: the same learning rates, and so the same bits, and one end."""
+    action = 'self.started -= 900 if self.progress.updates == 3 else 3600'
+    save = f'''
+def keep(self, original=train.Trainer.take_best):
+    torch.save(dict(updates=self.progress.updates, rate=self.top_rate(), **self.model.state_dict()),
+               {str(tmp_path)!r} + f'/{{rank}}.pth')
+def finish(self, *args, original=train.Trainer.finish_epoch):
+    original(self, *args)
+    keep(self)
+train.Trainer.finish_epoch = finish
+'''
+    results = two_processes(npz_dir, tmp_path, root, action + save, '--minutes', 30, '--epochs', 100)
+    assert [code for code, _ in results] == [0, 0], results
+    one, two = (load(tmp_path / f'{rank}.pth') for rank in range(2))
+    assert 7 <= one['updates'] <= 9 and one['rate'] < 2e-5
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(two[k])) for k, v in one.items())

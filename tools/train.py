@@ -536,6 +536,7 @@ class Trainer:
         self.rank, self.world_size, self.distributed = setup.rank, setup.world_size, setup.distributed
         self.control = dist.new_group(backend='gloo') if self.distributed else None  # of the CPU: no wait for the GPU
         self.asked: Optional[Tuple[Any, torch.Tensor]] = None
+        self.spent = 0.  # of --minutes, see asked_to_stop
         self.autocast = common.autocast(self.device, args.amp, args.amp_dtype)
         if args.deterministic:
             os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -610,17 +611,6 @@ class Trainer:
 
     def build_loaders(self) -> None:
         args, config = self.args, self.data_config
-        try:
-            transform = data.train_transform(
-                config['input_size'], crop_mode=args.train_crop_mode, crop_padding=args.crop_padding,
-                no_aug=args.no_aug, scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
-                color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
-                mean=config['mean'], std=config['std'])
-        except (AssertionError, KeyError, ValueError) as e:
-            raise UserError(f'augmentation options do not work: {type(e).__name__}: {common.one_line(e)}') from e
-        loader = dict(batch_size=args.batch_size, transform=transform, mean=config['mean'], std=config['std'],
-                      channels=config['input_size'][0], device=self.device, workers=args.workers, seed=args.seed,
-                      pin_memory=args.pin_memory)
         if args.data_on_device:
             self.sampler = data.EpochBatches(len(self.train_data), args.batch_size, args.seed, self.rank,
                                              self.world_size)
@@ -630,11 +620,15 @@ class Trainer:
                 crop_mode=None if args.no_aug else args.train_crop_mode or 'rrc', padding=args.crop_padding,
                 scale=args.scale or (0.08, 1.), ratio=args.ratio or (3 / 4, 4 / 3),
                 hflip=0. if args.no_aug else args.hflip, color_jitter=0. if args.no_aug else args.color_jitter or 0.)
-        elif self.streaming:
-            self.train_loader, self.sampler = data.streaming_loader(self.train_data, **loader), None
         else:
-            self.train_loader, self.sampler = data.train_loader(
-                self.train_data, rank=self.rank, world_size=self.world_size, **loader)
+            loader = dict(batch_size=args.batch_size, transform=self.train_transform(), mean=config['mean'],
+                          std=config['std'], channels=config['input_size'][0], device=self.device,
+                          workers=args.workers, seed=args.seed, pin_memory=args.pin_memory)
+            if self.streaming:
+                self.train_loader, self.sampler = data.streaming_loader(self.train_data, **loader), None
+            else:
+                self.train_loader, self.sampler = data.train_loader(
+                    self.train_data, rank=self.rank, world_size=self.world_size, **loader)
         self.val_loader = data.eval_loader(
             self.val_data, config, batch_size=args.val_batch_size or args.batch_size, device=self.device,
             workers=args.workers, distributed=self.distributed, pin_memory=args.pin_memory)
@@ -646,6 +640,17 @@ class Trainer:
                                num_classes=self.num_classes)
         self.erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=self.device) \
             if args.reprob > 0 and not args.no_aug else None
+
+    def train_transform(self):
+        args, config = self.args, self.data_config
+        try:
+            return data.train_transform(
+                config['input_size'], crop_mode=args.train_crop_mode, crop_padding=args.crop_padding,
+                no_aug=args.no_aug, scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
+                color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
+                mean=config['mean'], std=config['std'])
+        except (AssertionError, KeyError, ValueError) as e:
+            raise UserError(f'augmentation options do not work: {type(e).__name__}: {common.one_line(e)}') from e
 
     def build_optimization(self) -> None:
         args = self.args
@@ -819,10 +824,11 @@ class Trainer:
         if p.epoch >= self.epochs:
             self.log(f'nothing to do: the run has its {self.epochs} epochs')
         self.started, self.seconds_before, self.before_first_update = time.monotonic(), p.train_seconds, None
+        self.spent = self.seconds_before / (60 * args.minutes) if args.minutes else 0.
         ended = p.epoch >= self.epochs
         while not ended:
             train = self.train_epoch()
-            ended = p.epoch + 1 >= self.epochs or self.spent() >= 1
+            ended = p.epoch + 1 >= self.epochs or self.spent >= 1
             self.finish_epoch(train, ended)
         if self.primary:
             self.take_best()
@@ -915,12 +921,12 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update(self.model, step=p.updates)
                 lr = self.top_rate()
+                stop = self.asked_to_stop()
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=self.scheduled_updates())
                 bar.update()
                 checkpoint = args.checkpoint_interval_steps and p.updates % args.checkpoint_interval_steps == 0
                 report = (bool(args.log_interval) or not bar.disable) and every()
-                stop = self.asked_to_stop()
                 if checkpoint or stop or (report and self.primary):
                     p.loss_sum = loss_sum.item()
                     self.check_finite(p.loss_sum, epoch, i)
@@ -936,7 +942,7 @@ class Trainer:
                                  f'lr {lr:.2e} {speed:.0f} img/s, {common.duration(eta)} left in epoch')
                     else:
                         bar.set_postfix_str(f'loss {p.loss_sum / p.samples:.4f}, lr {lr:.2e}, {speed:.0f} img/s')
-                if self.spent() >= 1:
+                if self.spent >= 1:
                     break
         common.synchronize(self.device)
         p.loss_sum = loss_sum.item()
@@ -982,21 +988,19 @@ class Trainer:
             dispatch_clip_grad(self.parameters, value=self.args.clip_grad, mode=self.args.clip_mode)
         self.optimizer.step()
 
-    def spent(self) -> float:
+    def clock(self) -> float:
         """The part of --minutes that is over, 0 without; training before a resume counts.
 
         What comes before the first update, compilation above all, takes its time, but nothing of the schedule.
         """
-        if not self.args.minutes:
-            return 0.
-        if self.before_first_update is None:
-            return self.seconds_before / (60 * self.args.minutes)
+        if not self.args.minutes or self.before_first_update is None:
+            return self.spent
         training = self.seconds_before + time.monotonic() - self.started - self.before_first_update
         return training / max(60 * self.args.minutes - self.before_first_update, 1e-3)
 
     def scheduled_updates(self) -> int:
         """Where the schedule is: at the updates that are done, or as far as the clock is, if that is further."""
-        return max(self.progress.updates, int(min(self.spent(), 1.) * self.epochs * self.updates_per_epoch))
+        return max(self.progress.updates, int(min(self.spent, 1.) * self.epochs * self.updates_per_epoch))
 
     def top_rate(self) -> float:
         """The learning rate of the last layers: with --layer-decay the first group's is far below it."""
@@ -1008,21 +1012,24 @@ class Trainer:
                             f'{self.way_back()}')
 
     def asked_to_stop(self) -> bool:
-        """Whether a process of the run got a signal: the same answer in all of them at the same update.
+        """Whether a process of the run got a signal; and sets `spent`, the part of --minutes that is over.
 
-        Over processes it comes one call late, because nobody waits for it.
+        Both are the same in all processes at the same update: over processes they come one call late, because nobody
+        waits for them. Clocks of their own would give each process its learning rate and its end.
         """
         if not self.distributed:
+            self.spent = self.clock()
             return self.signals.number is not None
-        flag = torch.tensor(self.signals.number or 0)
-        before, self.asked = self.asked, (dist.all_reduce(flag, dist.ReduceOp.MAX, self.control, async_op=True), flag)
+        state = torch.tensor([self.signals.number or 0, self.clock()], dtype=torch.float64)
+        before, self.asked = self.asked, (dist.all_reduce(state, dist.ReduceOp.MAX, self.control, async_op=True), state)
         if before is None:
             return False
         before[0].wait()
-        if before[1].item():
+        number, self.spent = int(before[1][0]), before[1][1].item()
+        if number:
             self.asked[0].wait()
-            self.signals.number = before[1].item()
-        return bool(before[1].item())
+            self.signals.number = number
+        return bool(number)
 
     def stop(self) -> None:
         """Save, and end because of a signal."""
