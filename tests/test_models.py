@@ -155,12 +155,12 @@ def test_patch_merging_is_swins(size):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(name, dtype):
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    model = timm.create_model(name).train()  # batch normalisation is another function in evaluation
     x = images(model, 2, (SIZE, SIZE))
     with torch.no_grad():
-        expected = model.eval()(x)
+        expected = model(x)
     with torch.autocast('cpu', dtype):
-        out = model.train()(x)
+        out = model(x)
         loss = out.float().square().sum()
     loss.backward()
     assert out.dtype == dtype and out.isfinite().all()
@@ -568,7 +568,41 @@ def test_without_averages_and_channel_mixers_it_is_vmamba(shared_data):
         torch.testing.assert_close(model(tensors['input']), tensors['logits'], rtol=0, atol=1e-4)
 
 
+def test_convolutional_blocks_are_mambavisions():
+    """`x + bn(conv(gelu(bn(conv(x)))))` before a stage's mixers (arXiv 2407.08083, equation 1), in every way of use."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_vim2', conv_depths=(2, 0, 1, 0), num_classes=3).train()
+    assert [len(stage.convs) for stage in model.stages] == [2, 0, 1, 0]
+    assert not any('convs' in n for n in cached('test_vim2').state_dict())
+    block, x = model.stages[0].convs[1], torch.randn(2, 5, 7, 8)
+
+    def conv_norm(y, conv):
+        y = nn.functional.conv2d(y, conv.weight, padding=1)
+        return (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+
+    y = conv_norm(nn.functional.gelu(conv_norm(x.permute(0, 3, 1, 2), block.conv1)), block.conv2)
+    torch.testing.assert_close(block(x), x + y.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+
+    x = torch.randn(2, 3, 64, 64)
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if '.convs.' in n)
+    assert {n for n in model.no_weight_decay() if '.convs.' in n} == {
+        n for n, _ in model.named_parameters() if '.convs.' in n and '.norm' in n}
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups['stages.0.convs.0.conv1.weight'] <= groups['stages.0.blocks.0.norm.weight']
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        program = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+        other = timm.create_model('test_vim2', conv_depths=(2, 0, 1, 0), num_classes=3).eval()
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x), expected)
+
+
 @pytest.mark.parametrize('kwargs,match', [
+    (dict(conv_depths=(1, 2)), 'conv_depths'),
     (dict(channel_mixer='conv'), 'channel_mixer'), (dict(token_depths=(1, 2)), 'token_depths'),
     (dict(channel_expand=(1, 2, 1)), 'channel_expand'), (dict(token_scans=5), 'num_scans')])
 def test_constructor_rejects(kwargs, match):

@@ -1,6 +1,7 @@
 """tools/_data.py and the recipes: what training and validation read."""
 import io
 import os
+import struct
 import tarfile
 
 import numpy as np
@@ -50,7 +51,10 @@ def test_npz_part_of_a_split(npz_dir, split, indices):
 def test_npz_cache_gives_the_same_images(npz_dir, split):
     plain = datasets.open_dataset('npz', str(npz_dir), split)
     cached = datasets.open_dataset('npz', str(npz_dir), split, cache_images=True)
-    assert cached.data is None and cached.cache.dtype == np.uint8
+    assert cached.images.dtype == np.uint8 and cached.images.shape == (len(plain), 32, 32, 3)
+    assert datasets.class_names(cached) == datasets.class_names(plain) is not None
+    assert cached.targets().tolist() == [plain[i][1] for i in range(len(plain))]
+    assert cached.filename(3) == plain.filename(3)
     for i in (0, 7, len(plain) - 1):
         assert np.array_equal(np.asarray(plain[i][0]), np.asarray(cached[i][0])) and plain[i][1] == cached[i][1]
 
@@ -119,6 +123,31 @@ def test_npz_corrupt_image_is_named(corrupt_npz, workers):
         list(loader)
     with pytest.raises(UserError, match=r'cannot decode image 5 \(green/0005.jpg\)'):
         datasets.open_dataset('npz', str(corrupt_npz), 'train', cache_images=True)
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """Forty images in the files of MNIST, a data set of torchvision's."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
+    labels = np.arange(40, dtype=np.uint8) % 10
+    folder = tmp_path / 'MNIST' / 'raw'
+    folder.mkdir(parents=True)
+    for name in ('train', 't10k'):
+        (folder / f'{name}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 0x803, *images.shape) + images.tobytes())
+        (folder / f'{name}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 0x801, 40) + labels.tobytes())
+    return tmp_path, images, labels
+
+
+def test_parts_and_cache_of_a_torchvision_data_set(mnist):
+    root, images, labels = mnist
+    part = datasets.open_dataset('torch/mnist', str(root), 'train[30:]', cache_images=True)
+    assert len(part) == 10 and part.images.shape == (10, 28, 28, 3)
+    assert np.array_equal(part.images[3][..., 0], images[33]) and part.targets().tolist() == labels[30:].tolist()
+    plain = datasets.open_dataset('torch/mnist', str(root), 'train[:30]')
+    assert len(plain) == 30 and np.array_equal(np.asarray(plain[7][0]), images[7]) and plain[7][1] == labels[7]
+    assert datasets.class_names(part) == datasets.class_names(plain) and len(datasets.class_names(part)) == 10
+    with pytest.raises(UserError, match='the split holds no image'):
+        datasets.open_dataset('torch/mnist', str(root), 'train[50:]')
 
 
 def test_npz_cache_needs_one_size(tmp_path):
@@ -256,7 +285,7 @@ def test_a_class_map_is_taken_at_its_word(tmp_path, npz_dir):
     with pytest.raises(UserError, match=r'val\) has classes that .*map.txt lacks: cat'):
         datasets.open_dataset('', root, 'val', class_map=str(tmp_path / 'map.txt'))
     (tmp_path / 'map.txt').write_text('gray\nblue\ngreen\nred\n')
-    npz = datasets.open_dataset('npz', str(npz_dir), 'test', class_map=str(tmp_path / 'map.txt'))
+    npz = datasets.open_dataset('npz', str(npz_dir), 'test', class_map=str(tmp_path / 'map.txt'), cache_images=True)
     assert [npz[i][1] for i in range(4)] == [3, 2, 1, 0]  # npz files have a map too
     assert npz.targets().tolist() == [npz[i][1] for i in range(50)]
 
@@ -296,7 +325,7 @@ def test_a_split_is_what_its_name_says(tmp_path):
         for split in ('test', 'tran', 'vall'):
             with pytest.raises(UserError, match=f'{tmp_path} has no split {split}; it has train, val'):
                 datasets.open_dataset(name, root, split)
-        with pytest.raises(UserError, match='parts of a split are for npz and csv'):
+        with pytest.raises(UserError, match='parts of a split are for npz, csv and torch/'):
             datasets.open_dataset(name, root, 'train[:1]')
         assert len(datasets.open_dataset(name, os.path.join(root, 'val'), '.')) == 2
     (tmp_path / 'val').rename(tmp_path / 'elsewhere')

@@ -3,11 +3,12 @@ import contextlib
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import _common as common
 import train
-from _data import EpochBatches
+from _data import EpochBatches, seed_everything
 from _device import DeviceBatches, GraphedStep
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -149,6 +150,24 @@ def test_gradients_are_where_the_optimizer_looks(npz_dir, tmp_path, tool, monkey
         torch.testing.assert_close(value, states[1][name])
 
 
+def test_frozen_parameters_stay_as_they_are(npz_dir, tmp_path, tool):
+    arguments = ('--dataset', 'npz', '--data-dir', npz_dir, '--val-split', 'test', '--output', tmp_path, '--model',
+                 'test_vit', '--model-kwargs', 'img_size=32', 'patch_size=8', '--img-size', 32, '-b', 16, '--device',
+                 'cpu', '--workers', 0, '--epochs', 1, '--data-on-device', '--train-crop-mode', 'pad')
+    result = tool('train', *arguments, '--experiment', 'run', '--freeze', 'patch_embed.*', 'blocks.*.norm1.weight')
+    assert result.code == 0, result.err
+    trained = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['state_dict']
+    seed_everything(42, 0)
+    before = timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4).state_dict()
+    for name, value in before.items():
+        frozen = name.startswith('patch_embed.') or name.endswith('norm1.weight')
+        assert torch.equal(value, trained[name]) == frozen, name
+    result = tool('train', *arguments, '--freeze', 'blocks.7.*')
+    assert result.code == 2 and "--freeze 'blocks.7.*' matches no parameter of test_vit" in result.err
+    result = tool('train', *arguments, '--freeze', '*')
+    assert result.code == 2 and '--freeze leaves nothing to train' in result.err
+
+
 def test_replaced_gradients_are_an_error():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -175,7 +194,7 @@ def test_training_on_the_device_ends_by_the_clock(npz_dir, tmp_path, tool):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (('--data-on-device', '--aa', 'rand-m9'), '--data-on-device needs --dataset npz'),
+    (('--data-on-device', '--aa', 'rand-m9'), '--data-on-device works without --aa'),
     (('--minutes', 0), '--minutes must be positive'),
     (('--cuda-graph', '--grad-accum-steps', 2), '--cuda-graph works without'),
     (('--cuda-graph', '--device', 'cpu', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--img-size', 32),

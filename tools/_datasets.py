@@ -122,12 +122,9 @@ class NpzImages(torch.utils.data.Dataset):
     Args:
         root: Folder of the .npz files.
         split: `train` for train.npz; `train[:45000]` or `train[45000:]` for a part of it, by index.
-        cache: Decode every image once into memory as uint8 (all must have one size). Costs N·H·W·3 bytes,
-            shared with worker processes that are forked.
-        verbose: Show a progress bar while decoding into the cache.
     """
 
-    def __init__(self, root: str, split: str, cache: bool = False, verbose: bool = False):
+    def __init__(self, root: str, split: str):
         self.transform = None
         self.target_transform = None
         name, part = parse_split(split)
@@ -144,7 +141,6 @@ class NpzImages(torch.utils.data.Dataset):
         self.indices = range(len(self.labels))[part]
         if not len(self.indices):
             raise UserError(f'{self.path}: split {split!r} holds no image (the file has {len(self.labels)})')
-        self.cache = self._decode_all(verbose) if cache else None
 
     def _read(self) -> dict:
         required, optional = ('data', 'offsets', 'labels'), ('names', 'classes', 'class_names', 'format')
@@ -221,47 +217,20 @@ class NpzImages(torch.utils.data.Dataset):
     def _describe(self, i: int) -> str:
         return f'image {i}' + (f' ({self.names[i]})' if self.names is not None else '')
 
-    def _decode_all(self, verbose: bool) -> np.ndarray:
-        cache = None
-        with ThreadPoolExecutor() as pool:  # PIL's decoders release Python's lock
-            images = progress(pool.map(lambda i: np.asarray(self._decode(i)), self.indices), total=len(self.indices),
-                              desc=f'decoding {self.path.name}', unit='image', disable=not verbose)
-            for row, image in enumerate(images):
-                if cache is None:
-                    size, memory = len(self.indices) * image.nbytes, physical_memory()
-                    if memory is not None and size > memory:
-                        raise UserError(f'{self.path}: {len(self.indices):,} images of '
-                                        f'{image.shape[1]}x{image.shape[0]} take {size / 1e9:.1f} GB decoded, the '
-                                        f'machine has {memory / 1e9:.1f} GB of memory: leave out --cache-images')
-                    cache = np.empty((len(self.indices), *image.shape), np.uint8)
-                if image.shape != cache.shape[1:]:
-                    raise UserError(f'{self.path}: {self._describe(self.indices[row])} is '
-                                    f'{image.shape[1]}x{image.shape[0]}, earlier ones are '
-                                    f'{cache.shape[2]}x{cache.shape[1]}: --cache-images needs images of one size')
-                cache[row] = image
-        self.data = None
-        return cache
+    def describe(self, row: int) -> str:
+        return self._describe(self.indices[row])
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, row: int) -> Tuple[Any, int]:
         i = self.indices[row]
-        image = self._decode(i) if self.cache is None else Image.fromarray(self.cache[row])
-        target = int(self.labels[i])
+        image, target = self._decode(i), int(self.labels[i])
         if self.transform is not None:
             image = self.transform(image)
         if self.target_transform is not None:
             target = _transformed(self.target_transform, target, self._describe(i))
         return image, target
-
-    def targets(self) -> np.ndarray:
-        """The labels of all images, as `__getitem__` gives them."""
-        labels = self.labels[self.indices]
-        if self.target_transform is None:
-            return labels
-        return np.array([_transformed(self.target_transform, y, self._describe(i))
-                         for i, y in zip(self.indices, labels)])
 
     def filename(self, row: int, basename: bool = False, absolute: bool = False) -> str:
         i = self.indices[row]
@@ -278,19 +247,22 @@ class Images(torch.utils.data.Dataset):
         dataset: timm's `ImageDataset`, or torchvision's.
         strict: An unreadable image is an error: right for a measurement, where another image would be counted twice.
             Else, right for a long training, it is named in a warning and the next one is taken, up to ten in a row.
+        part: these images only, by index.
     """
 
-    def __init__(self, dataset, strict: bool):
+    def __init__(self, dataset, strict: bool, part: slice = slice(None)):
         self.dataset = dataset
         self.strict = strict
+        self.indices = range(len(dataset))[part]
         self.reader = getattr(dataset, 'reader', None)
         self.transform = None
         self.target_transform = None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.indices)
 
-    def _read(self, index: int) -> Tuple[Image.Image, Any]:
+    def _read(self, row: int) -> Tuple[Image.Image, Any]:
+        index = self.indices[row]
         try:
             if self.reader is None:
                 return self.dataset[index]
@@ -298,34 +270,35 @@ class Images(torch.utils.data.Dataset):
             with file, open_image(file) as image:
                 return image.convert('RGB'), target
         except Exception as e:  # readers and PIL raise many types
-            raise UserError(f'cannot read {self._describe(index)}: {one_line(e, 160)}') from None
+            raise UserError(f'cannot read {self.describe(row)}: {one_line(e, 160)}') from None
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, row: int):
         failed = []
         while True:
             try:
-                image, target = self._read(index)
+                image, target = self._read(row)
                 break
             except UserError as e:
                 if self.strict:
                     raise
-                failed.append(index)
+                failed.append(row)
                 if len(failed) == min(_MAX_SKIPPED, len(self)):
                     raise UserError(f'{e}; {len(failed)} training images in a row cannot be read: '
                                     f'{", ".join(map(self._name, failed))}') from None
                 _logger.warning('%s; the next one is taken', e)
-                index = (index + 1) % len(self)
+                row = (row + 1) % len(self)
         if self.transform is not None:
             image = self.transform(image)
         target = -1 if target is None else target
         if self.target_transform is not None:
-            target = _transformed(self.target_transform, target, self._describe(index))
+            target = _transformed(self.target_transform, target, self.describe(row))
         return image, target
 
-    def _describe(self, index: int) -> str:
-        return f'image {index} ({self._name(index)})'
+    def describe(self, row: int) -> str:
+        return f'image {self.indices[row]} ({self._name(row)})'
 
-    def _name(self, index: int) -> str:
+    def _name(self, row: int) -> str:
+        index = self.indices[row]
         if self.reader is None:
             samples = getattr(self.dataset, 'samples', None)
             return str(samples[index][0]) if samples else 'no file name'
@@ -334,8 +307,70 @@ class Images(torch.utils.data.Dataset):
         except (AttributeError, NotImplementedError, AssertionError):
             return 'no file name'
 
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.reader.filename(index, basename, absolute)
+    def filename(self, row: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.reader.filename(self.indices[row], basename, absolute)
+
+
+class DecodedImages(torch.utils.data.Dataset):
+    """The images of another data set, decoded once into memory as uint8: N·H·W·3 bytes, which forked workers share.
+
+    Args:
+        dataset: `NpzImages` or `Images`; all images must have one size.
+        source: what to call it in errors.
+        verbose: show a progress bar while decoding.
+
+    Attributes:
+        images: (N, H, W, 3), uint8.
+        labels: (N,), as the data set has them.
+    """
+
+    def __init__(self, dataset, source: str, verbose: bool = False):
+        self.transform = None
+        self.target_transform = None
+        self.dataset = dataset
+        self.classes, self.class_names = class_names(dataset), getattr(dataset, 'class_names', None)
+        self.mapped_classes = getattr(dataset, 'mapped_classes', None)
+        self.labels = np.empty(len(dataset), np.int64)
+        with ThreadPoolExecutor() as pool:  # PIL's decoders release Python's lock
+            rows = progress(pool.map(dataset.__getitem__, range(len(dataset))), total=len(dataset),
+                            desc=f'decoding {source}', unit='image', disable=not verbose)
+            for row, (image, label) in enumerate(rows):
+                image = np.asarray(image.convert('RGB'))
+                if row == 0:
+                    size, memory = len(dataset) * image.nbytes, physical_memory()
+                    if memory is not None and size > memory:
+                        raise UserError(f'{source}: {len(dataset):,} images of {image.shape[1]}x{image.shape[0]} take '
+                                        f'{size / 1e9:.1f} GB decoded, the machine has {memory / 1e9:.1f} GB of '
+                                        'memory: leave out --cache-images')
+                    self.images = np.empty((len(dataset), *image.shape), np.uint8)
+                if image.shape != self.images.shape[1:]:
+                    raise UserError(f'{source}: {dataset.describe(row)} is {image.shape[1]}x{image.shape[0]}, earlier '
+                                    f'ones are {self.images.shape[2]}x{self.images.shape[1]}: --cache-images needs '
+                                    'images of one size')
+                self.images[row], self.labels[row] = image, label
+        if isinstance(dataset, NpzImages):
+            dataset.data = None  # read, and not needed any more
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> Tuple[Any, int]:
+        image, target = Image.fromarray(self.images[row]), int(self.labels[row])
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            target = _transformed(self.target_transform, target, self.dataset.describe(row))
+        return image, target
+
+    def targets(self) -> np.ndarray:
+        """The labels of all images, as `__getitem__` gives them."""
+        if self.target_transform is None:
+            return self.labels
+        return np.array([_transformed(self.target_transform, y, self.dataset.describe(row))
+                         for row, y in enumerate(self.labels)])
+
+    def filename(self, row: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.dataset.filename(row, basename, absolute)
 
 
 class FileReader(Reader):
@@ -438,7 +473,7 @@ def split_path(root: str, split: str) -> str:
     if not os.path.isdir(root):
         raise UserError(f'{root} is no folder, so it has no split {split}: pass . as the split to take all of it')
     if '[' in split:
-        raise UserError(f'split {split!r}: parts of a split are for npz and csv data sets')
+        raise UserError(f'split {split!r}: parts of a split are for npz, csv and torch/ data sets')
     synonyms = next((names for names in (_TRAIN_NAMES, _EVAL_NAMES) if split in names), ())
     names = list(dict.fromkeys([split, *synonyms]))
     for name in names:
@@ -618,19 +653,20 @@ def open_dataset(
         raise UserError('no data: pass --data-dir')
     if local and not download and prefix != 'wds' and not os.path.exists(root):
         raise UserError(f'data path {root} does not exist')
-    if cache_images and name != 'npz':
-        raise UserError('--cache-images works with --dataset npz only')
     mapping = read_class_map(class_map) if class_map else None
     folder = name in ('', 'folder', 'torch/folder', 'torch/image_folder')
     try:
         if name == 'npz':
-            dataset = NpzImages(root, split, cache=cache_images, verbose=verbose)
+            dataset = NpzImages(root, split)
         elif name == 'csv':
             dataset = Images(ImageDataset(root, reader=read_csv(root, split)), strict)
         elif folder:
             dataset = Images(_open_folder(name, split_path(root, split), input_key), strict)
         else:
             known = (*_TRAIN_NAMES, *_EVAL_NAMES, 'test')
+            part = slice(None)
+            if prefix == 'torch':
+                split, part = parse_split(split)
             if prefix == 'torch' and name.split('/')[-1].lower() in _BY_TRAIN_FLAG and split not in known:
                 raise UserError(f'{name} has no split {split!r}: train or test')
             remote = prefix in (*_REMOTE_PREFIXES, *_STREAMING_PREFIXES)
@@ -639,9 +675,15 @@ def open_dataset(
                 download=download, batch_size=batch_size, seed=seed, input_key=input_key, target_key=target_key,
                 num_samples=num_samples)
             if not is_streaming(dataset):
-                dataset = Images(dataset, strict)
+                dataset = Images(dataset, strict, part)
+                if not len(dataset):
+                    raise UserError(f'{name}: the split holds no image')
             if remote and mapping is not None:  # timm has applied it
                 dataset.mapped_classes, mapping = _names_by_index(mapping), None
+        if cache_images:
+            if is_streaming(dataset):
+                raise UserError('--cache-images and --data-on-device need a data set that is read by index')
+            dataset = DecodedImages(dataset, f'{root or name} ({split})', verbose)
     except UserError:
         raise
     except ImportError as e:
@@ -686,12 +728,13 @@ def add_dataset_arguments(group, *, train: bool) -> None:
                        help='let torch/… data sets be downloaded to --data-dir')
     if train:
         group.add_argument('--train-split', default='train', metavar='SPLIT',
-                           help='training split; npz and csv take parts too, such as train[:45000]; . is the folder '
-                                'itself')
+                           help='training split; npz, csv and torch/ take parts too, such as train[:45000]; . is the '
+                                'folder itself')
         group.add_argument('--val-split', default='validation', metavar='SPLIT', help='evaluation split, the same')
     else:
         group.add_argument('--split', default='validation', metavar='SPLIT',
-                           help='split; npz and csv take parts too, such as train[45000:]; . is the folder itself')
+                           help='split; npz, csv and torch/ take parts too, such as train[45000:]; . is the folder '
+                                'itself')
     group.add_argument('--class-map', default='', metavar='FILE',
                        help='class index of each class name of the data set: a text file with a name a line, or .json '
                             'with a mapping (default: by name, between splits and as the model names its classes)')
@@ -701,4 +744,4 @@ def add_dataset_arguments(group, *, train: bool) -> None:
         group.add_argument(name, type=int, metavar='N',
                            help='number of samples of a streaming data set that does not know it (wds/)')
     group.add_argument('--cache-images', action=argparse.BooleanOptionalAction, default=False,
-                       help='npz: decode all images once into memory (N x H x W x 3 bytes)')
+                       help='decode all images, which must have one size, once into memory (N x H x W x 3 bytes)')

@@ -20,6 +20,7 @@ with the same number of --workers. SIGTERM and SIGINT (Ctrl-C, slurm) write a ch
 import argparse
 import copy
 import csv
+import fnmatch
 import io
 import logging
 import math
@@ -78,7 +79,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--val-batch-size', type=int, metavar='N', help='the same for evaluation (default: --batch-size)')
     g.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes per training process')
     g.add_argument('--data-on-device', action=_flag, default=False,
-                   help='npz: keep all images on the device and crop, flip and color them there: for small images')
+                   help='keep all images, which must have one size, on the device and crop, flip and color them there: '
+                        'for small images')
     g.add_argument('--pin-memory', action=_flag, default=False, help='page-locked batches, for faster copies to a GPU')
 
     g = parser.add_argument_group('model')
@@ -92,6 +94,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--std', type=float, nargs='+', metavar='X', help="channel deviations (default: the model's)")
     g.add_argument('--interpolation', metavar='NAME', help="resizing at evaluation (default: the model's)")
     g.add_argument('--crop-pct', type=float, metavar='X', help="centre crop at evaluation (default: the model's)")
+    g.add_argument('--freeze', nargs='+', default=[], metavar='PATTERN',
+                   help="parameters that are not trained, such as 'stem.*' 'stages.0.*'; quote them. The statistics of "
+                        'batch normalisation go on')
     g.add_argument('--drop', type=float, metavar='P', help='dropout rate')
     g.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth rate')
     g.add_argument('--grad-checkpointing', action=_flag, default=False, help='less memory, more time')
@@ -247,8 +252,8 @@ def check_args(args: argparse.Namespace) -> None:
     common.image_size(args.img_size)
     if args.minutes is not None and args.minutes <= 0:
         raise UserError(f'--minutes must be positive, got {args.minutes}')
-    if args.data_on_device and (args.dataset != 'npz' or args.aa or args.vflip):
-        raise UserError('--data-on-device needs --dataset npz, and works without --aa and --vflip')
+    if args.data_on_device and (args.aa or args.vflip):
+        raise UserError('--data-on-device works without --aa and --vflip')
     if args.cuda_graph and (args.grad_accum_steps > 1 or args.grad_checkpointing
                             or args.amp and args.amp_dtype == 'float16'):
         raise UserError('--cuda-graph works without --grad-accum-steps, --grad-checkpointing and --amp-dtype float16')
@@ -592,6 +597,14 @@ class Trainer:
         datasets.match_classes(self.val_data, num_classes, val, self.label_names, of=train, asked=asked)
         if args.initial_checkpoint and not args.resume:
             common.load_weights(model, args.initial_checkpoint, args.model)
+        for pattern in args.freeze:
+            matching = [p for n, p in model.named_parameters() if fnmatch.fnmatchcase(n, pattern)]
+            if not matching:
+                raise UserError(f'--freeze {pattern!r} matches no parameter of {args.model}')
+            for parameter in matching:
+                parameter.requires_grad = False
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError('--freeze leaves nothing to train')
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
         self.data_config = common.data_config(args, model)
@@ -615,7 +628,7 @@ class Trainer:
             self.sampler = data.EpochBatches(len(self.train_data), args.batch_size, args.seed, self.rank,
                                              self.world_size)
             self.train_loader = DeviceBatches(
-                self.train_data.cache, self.train_data.targets(), self.sampler, seed=args.seed,
+                self.train_data.images, self.train_data.targets(), self.sampler, seed=args.seed,
                 size=config['input_size'][-2:], mean=config['mean'], std=config['std'], device=self.device,
                 crop_mode=None if args.no_aug else args.train_crop_mode or 'rrc', padding=args.crop_padding,
                 scale=args.scale or (0.08, 1.), ratio=args.ratio or (3 / 4, 4 / 3),

@@ -2,12 +2,12 @@
 from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['ConvDownsample', 'ConvStem', 'HierarchicalBackbone', 'PatchMerging', 'Stem']
+__all__ = ['ConvBlock', 'ConvDownsample', 'ConvStem', 'HierarchicalBackbone', 'PatchMerging', 'Stem']
 
 
 class Stem(nn.Module):
@@ -89,6 +89,27 @@ class ConvDownsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+class ConvBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch normalisation around a residual, as MambaVision's first stages have them.
+
+    `x + drop_path(bn(conv(gelu(bn(conv(x))))))`, over (B, H, W, d): MambaVision, arXiv 2407.08083, equation 1. For maps
+    of many tokens and few channels, where a convolution reaches several times the arithmetic rate of a scan.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0., device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, bias=False, **dd)
+        self.norm1 = nn.BatchNorm2d(dim, **dd)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.norm1(self.conv1(x.permute(0, 3, 1, 2))))  # the permutations are views: channels-last
+        return x + self.drop_path(self.norm2(self.conv2(y)).permute(0, 2, 3, 1))
+
+
 class PatchMerging(nn.Module):
     """2x2 patch merging (Swin, VMamba): LayerNorm and Linear over the four neighbours; odd sizes are padded.
 
@@ -142,7 +163,7 @@ class HierarchicalBackbone(nn.Module):
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.(?:downsample|convs)', (0,)),
                 (r'^stages\.(\d+)\.(?:blocks|averages)\.(\d+)', None),
                 (r'^norm', (99999,)),
             ])

@@ -19,7 +19,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage, upgrade_state_dict
-from .hierarchy import ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, Stem
+from .hierarchy import ConvBlock, ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, Stem
 from .loading import create, key_problems, published_cfgs, source_of
 from .vmamba import convert_vmamba, is_vmamba
 
@@ -71,6 +71,7 @@ class VisionMambaMixerStage(nn.Module):
             out_dim: int,
             mixer_layers: List[Callable[..., nn.Module]],
             downsample: Optional[Callable[..., nn.Module]] = PatchMerging,
+            conv_depth: int = 0,
             weighted_average: bool = True,
             drop_path: Optional[List[float]] = None,
             norm_layer: Type[nn.Module] = nn.LayerNorm,
@@ -82,6 +83,7 @@ class VisionMambaMixerStage(nn.Module):
             dim, out_dim: channels in and out; the same without down-sampling.
             mixer_layers: what builds each mixer, from (dim, device=, dtype=).
             downsample: what builds the layer that the stage begins with, None for none.
+            conv_depth: number of convolutional blocks before the mixers.
             weighted_average: learned average of all earlier outputs, else the plain chain.
             drop_path: stochastic depth rate of each mixer. Default: none.
         """
@@ -95,6 +97,7 @@ class VisionMambaMixerStage(nn.Module):
         else:
             assert dim == out_dim
             self.downsample = nn.Identity()
+        self.convs = nn.Sequential(*[ConvBlock(out_dim, **dd) for _ in range(conv_depth)])
         self.blocks = nn.ModuleList([
             MixerBlock(out_dim, mixer_layer, drop_path=rate, norm_layer=norm_layer, **dd)
             for mixer_layer, rate in zip(mixer_layers, drop_path)])
@@ -102,7 +105,7 @@ class VisionMambaMixerStage(nn.Module):
             [WeightedAverage(i + 1, **dd) for i in range(len(mixer_layers))] if weighted_average else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x.permute(0, 2, 3, 1))
+        x = self.convs(self.downsample(x.permute(0, 2, 3, 1)))
         if self.weighted_average:
             ys = [x]
             for average, block in zip(self.averages, self.blocks):
@@ -142,6 +145,7 @@ class VisionMambaMixer(HierarchicalBackbone):
             dims: Tuple[int, ...] = (96, 192, 384, 768),
             token_depths: Tuple[int, ...] = (2, 2, 6, 2),
             channel_depths: Tuple[int, ...] = (1, 1, 3, 1),
+            conv_depths: Union[int, Tuple[int, ...]] = 0,
             token_expand: Union[float, Tuple[float, ...]] = 2.,
             channel_expand: Union[float, Tuple[float, ...]] = (2., 2., 2., 1.),
             d_state: int = 16,
@@ -170,6 +174,8 @@ class VisionMambaMixer(HierarchicalBackbone):
             dims: width of each stage.
             token_depths, channel_depths: number of token and channel mixers in each stage; the channel mixers are
                 spread evenly between the token mixers.
+            conv_depths: number of convolutional blocks before the mixers, one value or one per stage: MambaVision's
+                (arXiv 2407.08083), with batch normalisation. The paper has none.
             token_expand, channel_expand: inner width of the mixers over their width, one value or one per stage.
             d_state: size of the state of the token mixers' scans, N.
             channel_d_state: the same for the channel mixers. Default: d_state.
@@ -195,6 +201,7 @@ class VisionMambaMixer(HierarchicalBackbone):
             if value not in choices:
                 raise ValueError(f"{name} must be '{choices[0]}' or '{choices[1]}', got {value!r}")
         token_depths = _per_stage(token_depths, num_stages, 'token_depths')
+        conv_depths = _per_stage(conv_depths, num_stages, 'conv_depths')
         channel_depths = _per_stage(channel_depths, num_stages, 'channel_depths')
         token_expand = _per_stage(token_expand, num_stages, 'token_expand')
         channel_expand = _per_stage(channel_expand, num_stages, 'channel_expand')
@@ -228,8 +235,9 @@ class VisionMambaMixer(HierarchicalBackbone):
                 channel_layer = partial(Mlp, hidden_features=int(mlp_ratio * dim))
             stages.append(VisionMambaMixerStage(
                 prev_dim, dim, [token_layer if kind == 'token' else channel_layer for kind in order],
-                downsample=downsample_layer if i > 0 else None, weighted_average=weighted_average,
-                drop_path=rates[done:done + len(order)], norm_layer=norm_layer, **dd))
+                downsample=downsample_layer if i > 0 else None, conv_depth=conv_depths[i],
+                weighted_average=weighted_average, drop_path=rates[done:done + len(order)],
+                norm_layer=norm_layer, **dd))
             prev_dim, reduction, done = dim, reduction * (2 if i > 0 else 1), done + len(order)
             self.feature_info += [dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
