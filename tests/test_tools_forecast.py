@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import shutil
 import statistics
 import sys
 
@@ -13,9 +14,15 @@ import yaml
 from test_forecasting_reading import bad_tables
 
 import forecast
-from vim2.forecasting import Forecaster, SeriesWarning, read_series
-from vim2.forecasting.training import Trainer
+from vim2 import _files
+from vim2.forecasting import Forecaster, SeriesWarning, read_series, storage
+from vim2.forecasting.training import MODEL, TRAINING, Trainer
 from vim2.models import TSM2
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 SMALL = ['--lookback', '32', '--model-kwargs', 'patch_len=8', 'stride=8', 'd_model=8', 'd_state=2',
          'drop_rate=0.1', 'head_drop_rate=0', '--steps', '6', '--batch-size', '16', '--val-windows', '0',
@@ -125,9 +132,66 @@ def test_resume_is_exact(run, data, tool, tmp_path, monkeypatch):
     for key in ('state_dict', 'ema', 'best'):
         assert all(torch.equal(v, b[key][k]) for k, v in a[key].items())
     assert (run[0] / 'model' / 'model.safetensors').read_bytes() == (folder / 'model/model.safetensors').read_bytes()
-    (folder / 'last.pth.tar').write_bytes(b'junk')
+    whole = (folder / 'last.pth.tar').read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2, len(whole) - 1):  # one bit of weights or optimizer, or of the sum
+        (folder / 'last.pth.tar').write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        result = tool('forecast', *arguments, '--resume')
+        assert result.code == 2 and 'cannot continue from' in result.err and result.err.count('\n') == 1
+    assert 'SHA-256' in result.err or 'sum' in result.err
+    for content, message in ((b'junk', 'cannot continue from'), (b'', 'cannot continue from')):
+        (folder / 'last.pth.tar').write_bytes(content)
+        result = tool('forecast', *arguments, '--resume')
+        assert result.code == 2 and message in result.err
+    (folder / 'args.json').write_text('[]')
     result = tool('forecast', *arguments, '--resume')
-    assert result.code == 2 and 'cannot continue from' in result.err
+    assert result.code == 2 and 'args.json must hold an object, it holds a list' in result.err
+
+
+@pytest.mark.skipif(resource is None, reason='limits on file sizes are of POSIX')
+def test_full_disk(run, data, tool, tmp_path, monkeypatch):
+    """While a state is written, or the model: one line, no temporary, and what was there before is whole."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = ['fit', data, *SMALL, '--horizon', '8', '--lr', '0.01', '--output', tmp_path / 'run', '--epochs', '4']
+
+    def limited(function):
+        def with_limit(*args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+            try:
+                return function(*args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        return with_limit
+
+    def files():
+        return sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*') if not p.name.startswith('.lock'))
+
+    for what, patched in (('last.pth.tar', (_files, 'write_torch')), ('model', (storage, 'write_folder'))):
+        monkeypatch.setattr(*patched, limited(getattr(*patched)))
+        result = tool('forecast', *arguments, '--resume')
+        lines = [line for line in result.err.splitlines() if not line.startswith('warning: ')]
+        assert result.code == 2 and len(lines) == 1, result.err
+        assert f'cannot write {tmp_path / "run" / what}' in lines[0] and 'File too large' in lines[0], lines
+        expected = ['run', 'run/args.json'] + (['run/history.csv', 'run/last.pth.tar'] if what == 'model' else [])
+        assert files() == expected
+        monkeypatch.undo()
+    result = tool('forecast', *arguments, '--resume')  # when there is room again
+    assert result.code == 0 and (tmp_path / 'run/model/model.safetensors').read_bytes() == (
+        run[0] / 'model/model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('field, value, message', [
+    (None, '{', 'forecaster.json: Expecting'), ('scaler', None, 'scaler must be an object, not null'),
+    ('ids', ['a', 'b'], 'it names 2 series'), ('season', 'x', 'season must be a whole number, not text'),
+    ('freq', 'fortnight', "'fortnight'"), ('info', dict(reading=dict(decimal=1)), 'info.reading.decimal must be text')])
+def test_odd_forecaster(run, data, tool, tmp_path, field, value, message):
+    """Exit code 2 and one line, by each command that reads one (tests/test_forecasting_storage.py has all fields)."""
+    shutil.copytree(run[0] / 'model', tmp_path / 'model')
+    path = tmp_path / 'model/forecaster.json'
+    state = json.loads(path.read_text())
+    path.write_text(value if field is None else json.dumps({**state, field: value}))
+    for name in ('evaluate', 'predict', 'backtest'):
+        result = tool('forecast', name, data, '--model', tmp_path / 'model')
+        assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result.err
 
 
 def test_evaluate(run, data, tool, tmp_path):
@@ -424,6 +488,13 @@ def test_bench(tool, tmp_path, monkeypatch):
     assert f'Mean ratio of tsm2 over 1 cells {row["ratio"]:.3f}' in table
     again = tool('forecast', *arguments, '--table-only')
     assert again.code == 0 and table in again.out
+    path, whole = out / 'tsm2-x-4-0.json', each[0]
+    for text, message in (('[]', 'must hold an object'), ('{', 'is no JSON'),
+                          (json.dumps(dict(whole, last=None, mae='x')), 'has no number mae, last')):
+        path.write_text(text)
+        odd = tool('forecast', *arguments, '--table-only')
+        assert odd.code == 2 and message in odd.err and odd.err.count('\n') == 1, odd.err
+    path.write_text(json.dumps(whole))
     changed = tool('forecast', *arguments, '--lr', '0.5')
     assert changed.code == 2 and 'was made with another training' in changed.err
 
@@ -435,10 +506,15 @@ def test_recipe(tmp_path):
                for e in recipe['datasets'].values())
     args = forecast.get_parser().parse_args(['bench', '--data-dir', 'x'])
     options = [forecast.bench_options(args, e, 'tsm2', n, 96, 0) for n, e in recipe['datasets'].items()]
-    assert all((o['options'], o['training'], o['lookback']) == ({}, {}, 512) for o in options)
+    # what the defaults were stands in the result: other ones are another run
+    assert all((o['options'], o['training'], o['lookback']) == (MODEL, TRAINING, 512) for o in options)
     entry = dict(recipe['datasets']['ETTm1'], dlinear={**recipe['dlinear'], **recipe['datasets']['ETTm1']['dlinear']})
     theirs = forecast.bench_options(args, entry, 'dlinear', 'ETTm1', 96, 0)
     assert (theirs['lookback'], theirs['training']['lr'], theirs['training']['steps']) == (336, 1e-4, -1)
+    exchange = dict(entry, dlinear={**recipe['dlinear'], **recipe['datasets']['exchange']['dlinear']})
+    sizes = [forecast.bench_options(args, exchange, 'dlinear', 'exchange', h, 0)['training']['batch_size']
+             for h in (96, 192, 336, 720)]
+    assert sizes == [8, 8, 32, 32]
     for text, message in (('model: {}', "unknown section 'model'"),
                           ('datasets: {x: {fiel: y}}', "unknown entry 'fiel'")):
         (tmp_path / 'r.yaml').write_text(text)

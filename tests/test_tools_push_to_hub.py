@@ -476,7 +476,7 @@ def forecast_folder(tmp_path_factory):
     """What tools/forecast.py leaves: model/ with the weights, their configuration, and forecaster.json."""
     folder = tmp_path_factory.mktemp('forecast') / 'run'
     torch.manual_seed(7)
-    model = TSM2(num_variates=3, lookback=32, horizon=8, d_model=8, static_dim=2, future_dim=1)
+    model = TSM2(num_variates=3, lookback=32, horizon=8, d_model=8, static_dim=2, future_dim=1, past_dim=2)
     model.save_pretrained(folder / 'model')
     (folder / 'model' / 'forecaster.json').write_text(json.dumps(dict(
         format=1, columns=['HUFL', 'HULL', 'OT'], freq='h', scaler=dict(mean=[0, 1, 2], std=[1, 1, 1]),
@@ -495,7 +495,7 @@ def test_forecaster(token, forecast_folder, tool, tmp_path):
         (forecast_folder / 'model' / 'forecaster.json').read_text())
     original = TSM2.from_pretrained(forecast_folder / 'model')
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(2, *s, generator=generator) for s in ((32, 3), (3, 2), (3, 8, 1))]
+    inputs = [torch.randn(2, *s, generator=generator) for s in ((32, 3), (3, 2), (3, 8, 1), (3, 32, 2))]
     with torch.no_grad():
         for model in (TSM2.from_pretrained(REPO), vim2.hub.load(REPO)):
             assert torch.equal(model(*inputs), original(*inputs))

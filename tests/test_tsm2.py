@@ -335,6 +335,12 @@ def test_save_and_load(tmp_path):
     again = TSM2.from_pretrained(str(tmp_path))
     x, static, *_ = inputs(model)
     assert torch.equal(again(x, static), model(x, static))
+    assert config.pop('format') == 1
+    (tmp_path / 'config.json').write_text(json.dumps(config))  # as earlier versions wrote it
+    assert torch.equal(TSM2.from_pretrained(str(tmp_path))(x, static), model(x, static))
+    (tmp_path / 'config.json').write_text(json.dumps(dict(config, format=2)))
+    with pytest.raises(ValueError, match='config.json has format 2, this version of vim2 reads 1'):
+        TSM2.from_pretrained(str(tmp_path))
 
 
 def test_no_weight_decay():

@@ -384,11 +384,15 @@ def refuse_with_start(args: argparse.Namespace, start) -> None:
         raise UserError(f'--start: the model forecasts {start.horizon} steps, --horizon is {args.horizon}')
 
 
+def read_object(path: Path) -> Dict[str, Any]:
+    value = common.read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f'{path} must hold an object, it holds a {type(value).__name__}')
+    return value
+
+
 def check_same_run(path: Path, run: Dict[str, Any]) -> None:
-    try:
-        saved = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise UserError(f'cannot read {path}: {common.one_line(e)}') from None
+    saved = read_object(path)
     changed = [f'{k}: {saved.get(k)!r} -> {v!r}' for k, v in run.items() if saved.get(k) != v]
     if changed:
         raise UserError(f'the run in {path.parent} was started with other options: {"; ".join(changed)}')
@@ -704,29 +708,33 @@ def bench(args: argparse.Namespace) -> None:
 
 def bench_options(args, entry: Dict[str, Any], model: str, dataset: str, horizon: int, seed: int) -> Dict[str, Any]:
     """One run, as its result names it: TSM2 has one configuration, DLinear what its authors took for the data set."""
+    from vim2.forecasting.training import MODEL, training_options
     options, training = model_arguments(args), training_arguments(args)
     lookback = args.lookback or 512
     if MODELS[model] is None:
-        theirs = dict(entry['dlinear'])
+        theirs = {k: v[horizon] if isinstance(v, dict) else v for k, v in entry['dlinear'].items()}
         lookback = theirs.pop('lookback', 336)
         lookback = args.lookback or lookback
         options, training = {}, {**theirs, **training}
     else:
-        options = {**options, **MODELS[model]}
+        options = {**MODEL, **options, **MODELS[model]}
+    # the defaults, too: a result of others is none of this run
     return dict(model=model, dataset=dataset, horizon=horizon, seed=seed, lookback=lookback, split=entry['split'],
-                options=options, training=training)
+                options=options, training=training_options(training))
 
 
 def read_result(path: Path, run: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     if not path.exists():
         return None
-    try:
-        result = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise UserError(f'cannot read the result {path}: {common.one_line(e)}') from None
+    result = read_object(path)
     changed = [k for k, v in json.loads(json.dumps(run)).items() if result.get(k) != v]
     if changed:
         raise UserError(f'{path} was made with another {", ".join(changed)}: remove it, or take another --output')
+    numbers = {**{n: result.get(n) for n in ('mse', 'mae', 'val_mse', 'windows', 'parameters', 'seconds')}, **{
+        n: result[n].get('mse') if isinstance(result.get(n), dict) else None for n in ('last', 'seasonal')}}
+    odd = [n for n, v in numbers.items() if isinstance(v, bool) or not isinstance(v, (int, float))]
+    if odd:
+        raise UserError(f'{path} is no result of bench: it has no number {", ".join(odd)}; remove it')
     return result
 
 

@@ -374,7 +374,8 @@ def example_inputs(source: Source) -> List[Optional[torch.Tensor]]:
     else:
         shapes = [(model.lookback, model.num_variates),
                   (model.num_variates, model.static_dim) if model.static_dim else None,
-                  (model.num_variates, model.future_len, model.future_dim) if model.future_dim else None]
+                  (model.num_variates, model.future_len, model.future_dim) if model.future_dim else None,
+                  (model.num_variates, model.lookback, model.past_dim) if model.past_dim else None]
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(2, *shape, generator=generator) if shape else None for shape in shapes]
 
@@ -585,12 +586,14 @@ def _usage(args: argparse.Namespace, source: Source, ours: bool) -> List[str]:
     repo = args.repo + (f'@{args.revision}' if args.revision and not args.create_pr else '')
     model = source.model
     if source.forecaster is not None:
-        extra = (f', static=torch.randn(1, {model.num_variates}, {model.static_dim})' if model.static_dim else '') + (
-            f', future=torch.randn(1, {model.num_variates}, {model.future_len}, {model.future_dim})'
-            if model.future_dim else '')
+        M = model.num_variates
+        extra = ''.join(f', {name}=torch.randn({", ".join(map(str, shape))})' for name, size, shape in (
+            ('static', model.static_dim, (1, M, model.static_dim)),
+            ('future', model.future_dim, (1, M, model.future_len, model.future_dim)),
+            ('past', model.past_dim, (1, M, model.lookback, model.past_dim))) if size)
         return ['```python', 'import torch, vim2', '', f"model = vim2.hub.load('{repo}')",
-                f'past = torch.randn(1, {model.lookback}, {model.num_variates})  # (batch, look-back, variates), '
-                'standardised', 'with torch.inference_mode():', f'    forecast = model(past{extra})',
+                f'x = torch.randn(1, {model.lookback}, {model.num_variates})  # (batch, look-back, variates), '
+                'standardised', 'with torch.inference_mode():', f'    forecast = model(x{extra})',
                 'print(tuple(forecast.shape))  # (batch, horizon, variates)', '```']
     imports = 'import timm, torch, vim2  # vim2 registers the architecture with timm' if ours else 'import timm, torch'
     if source.task != 'image-classification':

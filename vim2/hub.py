@@ -134,5 +134,5 @@ def _create_tsm2(source: str, where: str, **kwargs: Any) -> nn.Module:
     from .models.tsm2 import TSM2
     try:
         return TSM2.from_pretrained(source, **kwargs)
-    except TypeError as e:
+    except (TypeError, ValueError) as e:  # other arguments, or a newer format
         raise RuntimeError(f'{where}: cannot make a TSM2 of its {CONFIG}: {e}') from e

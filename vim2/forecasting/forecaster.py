@@ -1,5 +1,4 @@
 """Training, and a trained forecaster with everything that it needs to read a series and to be judged."""
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -9,13 +8,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from vim2 import _files
 from vim2.models import TSM2
-from vim2.pretrained import WEIGHTS_DIR, check_bundled
+from vim2.pretrained import WEIGHTS_DIR
+from . import storage
 from .errors import SeriesError, SeriesWarning
 from .grid import frequency, same_step, season_length
 from .intervals import Intervals, spread
@@ -28,8 +25,6 @@ __all__ = ['Forecaster', 'fit']
 
 log = logging.getLogger('vim2.forecasting')
 
-_FILE = 'forecaster.json'
-_FORMAT = 2
 FEW_TRAIN, FEW_VAL = 200, 20  # windows, below which a warning is due
 _PANEL = ('sort', 'duplicates', 'gaps', 'missing', 'sentinels', 'name', 'file')
 
@@ -241,7 +236,7 @@ def fit(
     forecaster = Forecaster(
         trainer.model, setup.scaler, panel.variates, panel.freq, info, ids=panel.ids, roles=panel.columns,
         covariates=setup.covariates, season=setup.season, naive_scale=scale)
-    forecaster.intervals = Intervals.fit(trainer.model, val, device=device)
+    forecaster.intervals = Intervals.fit(trainer.model, [train, val], device=device)
     judged = test if test is not None else val
     report = forecaster._measure(judged, 'test' if test is not None else 'val', device=device)
     forecaster.info['report'] = {k: report[k] for k in ('part', 'windows', 'errors', 'first_step', 'coverage')}
@@ -249,6 +244,8 @@ def fit(
         _warn(line, found)
     forecaster.info['warnings'] = found
     if all_data:
+        if test is not None:  # the newest errors count too, now that the coverage is measured
+            forecaster.intervals = Intervals.fit(trainer.model, [train, val, test], device=device)
         log(f'training anew on all rows for {trainer.best_epoch + 1} epochs of {trainer.steps} batches')
         forecaster._refit(panel, setup, trainer, seed, device, start, log, wrap)
     forecaster.model.cpu().eval()
@@ -334,17 +331,7 @@ class Forecaster:
 
     def save(self, folder: Union[str, Path]) -> None:
         """Write the folder, whole or not at all; the parts are as `from_pretrained` wants them."""
-        state = dict(
-            format=_FORMAT, columns=self.columns, freq=self.freq, scaler=self.scaler.to_dict(), ids=self.ids,
-            roles=self.roles.to_dict(), covariates=self.covariates.to_dict(), season=self.season,
-            naive_scale=[[None if np.isnan(v) else v for v in row] for row in self.naive_scale.tolist()],
-            intervals=None if self.intervals is None else self.intervals.to_dict(), info=self.info)
-
-        def fill(tmp: str) -> None:
-            self.model.save_pretrained(tmp)
-            (Path(tmp) / _FILE).write_text(json.dumps(state, indent=None) + '\n', encoding='utf-8')
-
-        _files.write_folder(folder, fill)
+        storage.write_folder(self, folder)
 
     @classmethod
     def load(cls, folder: Union[str, Path]) -> 'Forecaster':
@@ -353,37 +340,13 @@ class Forecaster:
         Raises:
             SeriesError: it is no such folder, or a damaged one.
         """
-        folder = Path(folder)
-        missing = [n for n in ('model.safetensors', 'config.json', _FILE) if not (folder / n).is_file()]
-        if missing:
-            raise SeriesError(f'{folder} is no forecaster: it has no {", ".join(missing)}')
-        try:
-            state = json.loads((folder / _FILE).read_text(encoding='utf-8'))
-            if state['format'] not in (1, _FORMAT):
-                raise ValueError(f'it has format {state["format"]}, this version reads 1 and {_FORMAT}')
-            # as TSM2.from_pretrained does, which prints
-            model = TSM2(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
-            check_bundled(folder / 'model.safetensors')
-            model.load_state_dict(load_file(folder / 'model.safetensors'))
-            scaler = Scaler.from_dict(state['scaler'])
-            columns = state['columns']
-            more: Dict[str, Any] = {}
-            if state['format'] == _FORMAT:
-                more = dict(ids=state['ids'], roles=Columns(**state['roles']), season=state['season'],
-                            covariates=Covariates(**state['covariates']),
-                            naive_scale=np.array(state['naive_scale'], np.float64),
-                            intervals=Intervals.from_dict(state['intervals']) if state['intervals'] else None)
-            M = len(more['ids']) if more and more['roles'].multivariate else scaler.mean.shape[1]
-            if len(columns) != model.num_variates or M != model.num_variates:
-                raise ValueError(f'{_FILE} names {len(columns)} columns, the model has {model.num_variates} variates')
-            return cls(model, scaler, columns, state.get('freq'), state.get('info'), **more)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as e:
-            raise SeriesError(f'cannot read the forecaster in {folder}: {" ".join(str(e).split())}') from None
+        model, arguments = storage.read_folder(folder)
+        return cls(model, **arguments)
 
     @classmethod
     def bundled(cls, name: str) -> 'Forecaster':
         """One of the forecasters that come with the package, such as 'tsm2.ETTh1-96'."""
-        names = sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{_FILE}'))
+        names = sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{storage.FILE}'))
         if name not in names:
             raise SeriesError(f'no folder and no bundled forecaster {name!r}: there is {", ".join(names) or "none"}')
         return cls.load(WEIGHTS_DIR / name)
@@ -492,8 +455,7 @@ class Forecaster:
                 bad = value.isnan()
                 if bad.any():
                     raise SeriesError(self._missing(panel, name, bad, k, back, ahead))
-            recent = T if self.intervals is None else self.intervals.recent
-            spreads.append(spread(inputs['x'], recent).double())
+            spreads.append(spread(inputs['x']).double())
             inputs = {n: v.to(parameter.device, parameter.dtype) for n, v in inputs.items()}
             out.append(self.model(**inputs).double().cpu())
         return torch.cat(out).numpy(), torch.cat(spreads).numpy()
@@ -639,7 +601,7 @@ class Forecaster:
         for index in windows.batches(batch_size):
             inputs, y = windows.take(index)
             forecast = self.model(**{k: v.to(device) for k, v in inputs.items()}).cpu()
-            error = ((y - forecast) / spread(inputs['x'], self.intervals.recent)).double()
+            error = ((y - forecast) / spread(inputs['x'])).double()
             inside += ((error >= low) & (error <= high)).sum().item()
             total += error.numel()
         return inside / total

@@ -1,4 +1,4 @@
-"""Intervals around forecasts: split conformal prediction on the validation part."""
+"""Intervals around forecasts: quantiles of a model's errors, as in conformal prediction."""
 from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
@@ -14,63 +14,66 @@ LEVELS = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85,
 _SHARED_FROM = 64  # variates: from there on a table is kept for all of them, not for each
 
 
-def spread(x: Tensor, recent: int) -> Tensor:
-    """(B, 1, M): the deviation of the last `recent` steps of look-backs (B, T, M), in which errors are counted.
+def spread(x: Tensor) -> Tensor:
+    """(B, 1, M): the deviation of look-backs (B, T, M), in which errors are counted.
 
-    What is hard to forecast comes and goes: errors grow with the movement of the last days, hardly with that of weeks
-    before. A tenth of the deviation of the training part is added (in squares), so that a series that stands still has
-    an interval.
+    What moves more is harder to forecast, and the network itself works in this unit. A tenth of the deviation of the
+    training part is added (in squares), so that a series that stands still has an interval. Chosen on validation parts
+    (docs/forecasting.md, Intervals).
     """
-    return (x[:, -recent:].var(1, keepdim=True, unbiased=False) + 0.01).sqrt()
+    return (x.var(1, keepdim=True, unbiased=False) + 0.01).sqrt()
 
 
 class Intervals:
-    """Quantiles of a model's errors for each step and variate, in units of the deviation of the last steps.
+    """Quantiles of a model's errors for each step and variate, in units of the look-back's deviation.
 
-    The quantile of a forecast is the forecast plus that of the errors on the validation windows, of all series.
-    Where errors later are like those there it covers what it says; `Forecaster.evaluate` measures what it covers.
+    The quantile of a forecast is the forecast plus that of the errors on as many training as validation windows, of all
+    series. Those on the validation part alone are of unseen data, as split conformal prediction wants them, but of one
+    short time: next to a training part that stops early, errors of a longer time tell more (docs/forecasting.md).
+    Where errors later are like those it covers what it says; `Forecaster.evaluate` measures what it covers.
     """
 
-    def __init__(self, table: np.ndarray, recent: int, windows: int):
+    def __init__(self, table: np.ndarray, windows: int):
         """
         Args:
-            table: (levels, H, M), or (levels, H, 1) for all variates.
-            recent: steps of the look-back whose deviation is the unit, see `spread`.
+            table: (levels, H, M), or (levels, H, 1) for all variates, in units of `spread`.
             windows: number that the table is from.
         """
-        self.table, self.recent, self.windows = np.asarray(table, np.float64), recent, windows
+        self.table, self.windows = np.asarray(table, np.float64), windows
 
     @classmethod
     @torch.inference_mode()
-    def fit(cls, model: nn.Module, windows: Windows, batch_size: int = 256, limit: int = 4000,
+    def fit(cls, model: nn.Module, parts: Sequence[Windows], batch_size: int = 256, limit: int = 1500,
             device: Optional[torch.device] = None) -> 'Intervals':
-        """From the errors of a model on windows that it was not trained on."""
+        """From the errors of a model on windows of some parts, evenly spread, as many of each, at most `limit`."""
         model.eval()
-        recent = min(windows.lookback, max(windows.horizon, 2 * windows.season))
+        limit = min(limit, *map(len, parts))
         errors = []
-        for index in windows.batches(batch_size, limit):
-            inputs, y = windows.take(index)
-            forecast = model(**{k: v.to(device) for k, v in inputs.items()}).float().cpu()
-            errors.append((y - forecast) / spread(inputs['x'], recent))
+        for windows in parts:
+            for index in windows.batches(batch_size, limit):
+                inputs, y = windows.take(index)
+                forecast = model(**{k: v.to(device) for k, v in inputs.items()}).float().cpu()
+                errors.append((y - forecast) / spread(inputs['x']))
         errors = torch.cat(errors).double().numpy()
+        windows = len(errors)
         if errors.shape[2] >= _SHARED_FROM:
             errors = errors.transpose(0, 2, 1).reshape(-1, errors.shape[1], 1)
         n = len(errors)
         table = []
-        for level in LEVELS:  # split conformal: the (n + 1)th error is the one to come
+        for level in LEVELS:  # as in conformal prediction: the (n + 1)th error is the one to come
             rank = np.ceil((n + 1) * level) if level > 0.5 else np.floor((n + 1) * level)
             k = int(np.clip(rank, 1, n)) - 1
             table.append(np.partition(errors, k, axis=0)[k] if level != 0.5 else np.median(errors, axis=0))
-        return cls(np.stack(table), recent, len(windows.indices(limit)))
+        return cls(np.stack(table), windows)
 
     @classmethod
     def from_dict(cls, state: Dict[str, Any]) -> 'Intervals':
         if tuple(state['levels']) != LEVELS:
             raise ValueError('the intervals have other levels than this version')
-        return cls(np.asarray(state['table']), state['recent'], state['windows'])
+        return cls(np.asarray(state['table']), state['windows'])
 
     def to_dict(self) -> Dict[str, Any]:
-        return dict(levels=LEVELS, recent=self.recent, windows=self.windows, table=[
+        return dict(levels=LEVELS, windows=self.windows, table=[
             [[float(f'{v:.5g}') for v in row] for row in level] for level in self.table])
 
     def offsets(self, quantiles: Sequence[float]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
 from vim2 import _files
 from .errors import SeriesError
@@ -47,9 +47,10 @@ def training_options(options: Dict[str, Any]) -> Dict[str, Any]:
     epochs: most epochs, each of which ends with the validation loss. steps: batches in an epoch; 0: a sixth of the
     windows, at least 10 and at most 60 batches; -1: all windows. batch_size: windows in it. lr, weight_decay: AdamW's.
     warmup_steps: batches of linear warm-up. schedule: of the learning rate after it: 'cosine' to a hundredth over all
-    epochs, 'constant', or 'halve' each epoch. patience: stop after so many epochs without a better validation loss;
-    0: never. ema_decay: of the averaged weights, per batch. val_windows: validation windows, evenly spread; 0: all.
-    clip_grad: largest norm of the gradients; 0: any. loss: 'mse', 'mae' or 'huber'.
+    epochs, 'constant', or 'halve' after each epoch from the second on, as Informer's code does, and many after it.
+    patience: stop after so many epochs without a better validation loss; 0: never. ema_decay: of the averaged weights,
+    per batch. val_windows: validation windows, evenly spread; 0: all. clip_grad: largest norm of the gradients; 0: any.
+    loss: 'mse', 'mae' or 'huber'.
     """
     unknown = set(options) - set(TRAINING)
     if unknown:
@@ -106,7 +107,7 @@ class Trainer:
         after = dict(
             cosine=lambda: CosineAnnealingLR(self.optimizer, rest, config['lr'] * 0.01),
             constant=lambda: ConstantLR(self.optimizer, 1., 0),
-            halve=lambda: StepLR(self.optimizer, self.steps, 0.5))[config['schedule']]()
+            halve=lambda: LambdaLR(self.optimizer, lambda n: 0.5 ** max(n // self.steps - 1, 0)))[config['schedule']]()
         self.scheduler = after if not warmup else SequentialLR(
             self.optimizer, [LinearLR(self.optimizer, 1 / (warmup + 1), total_iters=warmup), after], [warmup])
         self.updates = 0
@@ -130,6 +131,7 @@ class Trainer:
             SeriesError: it is none, or of another run.
         """
         try:
+            _files.check_torch(path)
             state = torch.load(path, map_location='cpu', weights_only=True)
             if not isinstance(state, dict) or state.get('format') != _FORMAT:
                 raise ValueError(f'it has no format {_FORMAT}')

@@ -11,7 +11,7 @@ Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
 """
 import os
 from pathlib import Path
-from typing import Any, Optional, Set, Tuple, Union
+from typing import Any, Dict, Optional, Set, Tuple, Union
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -22,7 +22,23 @@ from torch.nn import functional as F
 from vim2 import pretrained
 from vim2.layers import SelectiveTokenMixer, WeightedAverage
 
-__all__ = ['TSM2', 'InstanceNorm', 'VariateMlp']
+__all__ = ['TSM2', 'InstanceNorm', 'VariateMlp', 'model_arguments']
+
+_FORMAT = 1  # of config.json; files without the field have this one
+
+
+def model_arguments(config: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments of TSM2 that a config.json holds.
+
+    Raises:
+        ValueError: it is none, or of a newer version.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f'TSM2: config.json must hold an object, it holds a {type(config).__name__}')
+    found = config.get('format', 1)
+    if found != _FORMAT or isinstance(found, bool):
+        raise ValueError(f'TSM2: config.json has format {found!r}, this version of vim2 reads {_FORMAT}')
+    return {k: v for k, v in config.items() if k != 'format'}
 
 
 class InstanceNorm(nn.Module):
@@ -250,12 +266,19 @@ class TSM2(
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def save_pretrained(self, save_directory: Union[str, Path], *, config: Optional[Dict[str, Any]] = None,
+                        **kwargs: Any) -> Optional[str]:
+        """huggingface_hub's; config.json gets the version of the format, too."""
+        config = {**(self._hub_mixin_config if config is None else config), 'format': _FORMAT}
+        return super().save_pretrained(save_directory, config=config, **kwargs)
+
     @classmethod
     def _from_pretrained(
             cls, *, model_id: str, revision: Optional[str], cache_dir: Optional[Union[str, Path]], force_download: bool,
             local_files_only: bool, token: Union[bool, str, None], map_location: str = 'cpu', strict: bool = True,
-            **model_kwargs: Any) -> 'TSM2':
-        """What `from_pretrained` calls with the arguments of config.json."""
+            config: Optional[Dict[str, Any]] = None, **model_kwargs: Any) -> 'TSM2':
+        """What `from_pretrained` calls with config.json and the arguments in it."""
+        model_arguments(config or {})
         model = cls(**model_kwargs)
         if os.path.isdir(model_id):
             folder = Path(model_id)
