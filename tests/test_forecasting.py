@@ -659,7 +659,7 @@ def test_warnings():
 def test_center_is_chosen_on_the_training_part():
     rng = np.random.default_rng(0)
     for noise, center in ((rng.standard_normal(300), 'mean'), (rng.standard_normal(300).cumsum(), 'last')):
-        from vim2.forecasting.forecaster import prepare
+        from vim2.forecasting.preparation import prepare
         setup = prepare(pd.DataFrame({'a': noise}, pd.date_range('2020', periods=300, freq='D')), 5, 20)
         assert setup.options['center'] == center
 

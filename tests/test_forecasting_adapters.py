@@ -69,14 +69,19 @@ def test_neuralforecast_saves_and_loads_with_exogenous_inputs(TSM2, tmp_path):
     frame = long_frame(future=True)
     train = frame[frame.groupby('unique_id').cumcount() < 150]
     ahead = frame[frame.groupby('unique_id').cumcount() >= 150]
+    train = train.assign(seen=np.random.default_rng(1).standard_normal(len(train)))
     static = pd.DataFrame(dict(unique_id=['x', 'y', 'z'], size=[0.1, -0.2, 0.3], kind=[1., 0., 1.]))
     model = TSM2(h=10, input_size=16, n_series=3, futr_exog_list=['known'], stat_exog_list=['size', 'kind'],
-                 max_steps=80, learning_rate=2e-2, windows_batch_size=32, dropout=0., **NETWORK, **QUIET)
-    assert (model.network.static_dim, model.network.future_dim, model.network.future_len) == (2, 1, 10)
+                 hist_exog_list=['seen'], max_steps=80, learning_rate=2e-2, windows_batch_size=32, dropout=0.,
+                 **NETWORK, **QUIET)
+    network = model.network
+    assert (network.static_dim, network.future_dim, network.future_len, network.past_dim) == (2, 1, 10, 2)
     nf = NeuralForecast([model], freq='h')
     nf.fit(train, static_df=static)
     futr = ahead.drop(columns='y')
     forecast = nf.predict(futr_df=futr)
+    other = nf.predict(train.assign(seen=train.seen + 5), static_df=static, futr_df=futr)
+    assert (other.TSM2 - forecast.TSM2).abs().max() > 1e-4  # what is known up to the present is read
     error = ((forecast.merge(ahead, on=['unique_id', 'ds']).eval('TSM2 - y')) ** 2).mean()
     assert error < 0.5 * ahead.y.var()  # only the future input tells
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from test_forecasting_reading import bad_tables
 
+import _forecast_bench
 import forecast
 from vim2 import _files
 from vim2.forecasting import Forecaster, SeriesWarning, read_series, storage
@@ -456,7 +457,7 @@ def test_bench(tool, tmp_path, monkeypatch):
     arguments = ['bench', '--config', tmp_path / 'r.yaml', '--data-dir', tmp_path, '--output', out, '--seeds', '0', '1',
                  '--horizons', '4', '--models', 'tsm2', 'tsm2_mlp', 'dlinear',
                  *SMALL, '--epochs', '1']
-    bench_run, done = forecast.bench_run, []
+    bench_run, done = _forecast_bench.bench_run, []
 
     def killed(panel, run, device):
         if len(done) == 3:
@@ -464,11 +465,11 @@ def test_bench(tool, tmp_path, monkeypatch):
         done.append(run)
         return bench_run(panel, run, device)
 
-    monkeypatch.setattr(forecast, 'bench_run', killed)
+    monkeypatch.setattr(_forecast_bench, 'bench_run', killed)
     assert tool('forecast', *arguments).code == 130
     assert len(list(out.glob('*.json'))) == 3 and not list(out.glob('bench.*'))
     done.clear()
-    monkeypatch.setattr(forecast, 'bench_run', lambda *a: done.append(a) or bench_run(*a))
+    monkeypatch.setattr(_forecast_bench, 'bench_run', lambda *a: done.append(a) or bench_run(*a))
     result = tool('forecast', *arguments)
     assert result.code == 0, result.err
     assert len(done) == 2 * 2 * 3 - 3  # what was finished is not done again
@@ -501,25 +502,25 @@ def test_bench(tool, tmp_path, monkeypatch):
 
 def test_recipe(tmp_path):
     """One configuration for all data sets; DLinear as its authors train it."""
-    recipe = forecast.read_recipe(str(forecast.RECIPE))
+    recipe = _forecast_bench.read_recipe(str(_forecast_bench.RECIPE))
     assert all({'file', 'split', 'paper'} <= set(e) <= {'file', 'split', 'paper', 'dlinear'}
                for e in recipe['datasets'].values())
-    args = forecast.get_parser().parse_args(['bench', '--data-dir', 'x'])
-    options = [forecast.bench_options(args, e, 'tsm2', n, 96, 0) for n, e in recipe['datasets'].items()]
+    bench_options = _forecast_bench.bench_options
+    options = [bench_options(e, 'tsm2', n, 96, 0, {}, {}) for n, e in recipe['datasets'].items()]
     # what the defaults were stands in the result: other ones are another run
     assert all((o['options'], o['training'], o['lookback']) == (MODEL, TRAINING, 512) for o in options)
     entry = dict(recipe['datasets']['ETTm1'], dlinear={**recipe['dlinear'], **recipe['datasets']['ETTm1']['dlinear']})
-    theirs = forecast.bench_options(args, entry, 'dlinear', 'ETTm1', 96, 0)
+    theirs = bench_options(entry, 'dlinear', 'ETTm1', 96, 0, {}, {})
     assert (theirs['lookback'], theirs['training']['lr'], theirs['training']['steps']) == (336, 1e-4, -1)
     exchange = dict(entry, dlinear={**recipe['dlinear'], **recipe['datasets']['exchange']['dlinear']})
-    sizes = [forecast.bench_options(args, exchange, 'dlinear', 'exchange', h, 0)['training']['batch_size']
+    sizes = [bench_options(exchange, 'dlinear', 'exchange', h, 0, {}, {})['training']['batch_size']
              for h in (96, 192, 336, 720)]
     assert sizes == [8, 8, 32, 32]
     for text, message in (('model: {}', "unknown section 'model'"),
                           ('datasets: {x: {fiel: y}}', "unknown entry 'fiel'")):
         (tmp_path / 'r.yaml').write_text(text)
         with pytest.raises(forecast.UserError, match=message):
-            forecast.read_recipe(str(tmp_path / 'r.yaml'))
+            _forecast_bench.read_recipe(str(tmp_path / 'r.yaml'))
 
 
 def test_on_real_data(tool, shared_data, tmp_path):

@@ -336,6 +336,14 @@ def read_json(path: os.PathLike) -> Any:
         raise UserError(f'{path} is no JSON: {one_line(e, 200)}') from None
 
 
+def read_object(path: os.PathLike) -> Dict[str, Any]:
+    """The object in a JSON file."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f'{path} must hold an object, it holds a {type(value).__name__}')
+    return value
+
+
 def check_names(names: Any, what: str) -> None:
     """Refuse names of classes that are no list of texts."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):

@@ -15,22 +15,19 @@ import argparse
 import contextlib
 import json
 import logging
-import math
-import statistics
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 
 import _common as common
+import _forecast_bench
 from _common import UserError
+from _forecast_bench import MODELS, RECIPE
+from _forecast_plot import plot_backtest, plot_forecast, plot_panels
 
-RECIPE = Path(__file__).parent / 'recipes' / 'forecast.yaml'
-# What bench can train, as changes of the model; DLinear is the baseline.
-MODELS: Dict[str, Optional[Dict[str, Any]]] = dict(
-    tsm2={}, tsm2_mlp=dict(variate_mixer='mlp'), tsm2_plain=dict(weighted_average=False), dlinear=None)
 _TRAINING = dict(  # options of training: type and help
     epochs=(int, 'most epochs, each of which ends with the validation loss'),
     steps=(int, 'batches in an epoch, drawn at random; 0: from the number of windows, -1: all windows'),
@@ -384,15 +381,8 @@ def refuse_with_start(args: argparse.Namespace, start) -> None:
         raise UserError(f'--start: the model forecasts {start.horizon} steps, --horizon is {args.horizon}')
 
 
-def read_object(path: Path) -> Dict[str, Any]:
-    value = common.read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f'{path} must hold an object, it holds a {type(value).__name__}')
-    return value
-
-
 def check_same_run(path: Path, run: Dict[str, Any]) -> None:
-    saved = read_object(path)
+    saved = common.read_object(path)
     changed = [f'{k}: {saved.get(k)!r} -> {v!r}' for k, v in run.items() if saved.get(k) != v]
     if changed:
         raise UserError(f'the run in {path.parent} was started with other options: {"; ".join(changed)}')
@@ -516,83 +506,11 @@ def predict(args: argparse.Namespace) -> None:
         print(text + (f'; {sum(inside) / len(inside):.0%} are between the outer quantiles' if inside else ''))
     if args.plot:
         panels = plot_panels(pieces, roles, args.plot_columns or names[:8], ids)
-        plot(panels, args.history or 2 * forecaster.horizon, args.quantiles, args.plot,
-             f'{Path(args.data).name} by {args.model}, step {forecaster.freq}')
+        plot_forecast(panels, args.history or 2 * forecaster.horizon, args.plot,
+                      f'{Path(args.data).name} by {args.model}, step {forecaster.freq}')
         shown = len(args.plot_columns or names[:8])
         print(f'plot: {args.plot}' + (f' (the first {shown} of {len(names)}; --plot-columns)'
                                       if shown < len(names) and not args.plot_columns else ''))
-
-
-def plot_panels(pieces, roles, wanted: List[str], ids: Optional[str]) -> List[Tuple[str, Any, Any, Any]]:
-    """Title, history, truth and forecast (columns forecast, q…) of each panel."""
-    out = []
-    for key, history, truth, ahead in pieces:
-        for column in roles.target:
-            title = column if ids is None else key if len(roles.target) == 1 else f'{key}: {column}'
-            if (column if ids is None else key) in wanted:
-                own = ahead[[c for c in ahead.columns if c == column or c.startswith(f'{column}_q')]]
-                own = own.rename(columns=lambda c, n=column: 'forecast' if c == n else c[len(n) + 1:])
-                out.append((title, history[column], truth[column], own))
-    return out
-
-
-def _axes(count: int):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    rows = math.ceil(count / 2) if count > 1 else 1
-    figure = Figure(figsize=(13 if count > 1 else 9, 2.3 * rows + 0.9), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 2 if count > 1 else 1, squeeze=False, sharex=True).ravel()
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    for axis in axes[max(count - 2, 0):count]:  # also above an empty place
-        axis.tick_params(labelbottom=True)
-    return figure, axes
-
-
-def _finish(figure, axes, title: str, path: str) -> None:
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-    for axis in axes:
-        axis.margins(x=0.01)
-        locator = AutoDateLocator(minticks=3, maxticks=7)
-        axis.xaxis.set_major_locator(locator)
-        axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    handles, labels = axes[0].get_legend_handles_labels()
-    named = dict(zip(labels, handles))
-    figure.legend(named.values(), named.keys(), loc='outside upper right', ncols=len(named), frameon=False)
-    figure.text(0.01, 0.995, title, ha='left', va='top', fontsize=9, color='0.35')
-    try:
-        common.write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=110, format=Path(path).suffix[1:] or 'png'))
-    except ValueError as e:
-        raise UserError(f'cannot write the plot {path}: {common.one_line(e)}') from None
-
-
-def _draw(axis, ahead, start, first: bool) -> None:
-    """A forecast from `start` (date, value) with its intervals, the widest the lightest."""
-    levels = sorted(float(c[1:]) for c in ahead.columns if c.startswith('q') and c != 'q')
-    dates = [start[0], *ahead.index]
-    while len(levels) > 1:
-        low, high = levels[0], levels[-1]
-        axis.fill_between(dates, [start[1], *ahead[f'q{low:g}']], [start[1], *ahead[f'q{high:g}']], color='#d62728',
-                          alpha=0.18, linewidth=0, label=f'{low:g} to {high:g}' if first else None)
-        levels = levels[1:-1]
-    label = 'forecast' if first else None
-    axis.plot(dates, [start[1], *ahead['forecast']], color='#d62728', linewidth=1.4, label=label)
-
-
-def plot(panels, history: int, quantiles: List[float], path: str, title: str) -> None:
-    """One panel per variate or series: history, truth where it is known, forecast and its quantiles."""
-    figure, axes = _axes(len(panels))
-    for axis, (name, past, truth, ahead) in zip(axes, panels):
-        past = past.dropna().iloc[-history:]
-        axis.plot(past.index, past, color='0.35', linewidth=1.1, label='history')
-        start = past.index[-1], past.iloc[-1]
-        if len(truth):  # joined to the history, as the forecast is
-            axis.plot([start[0], *truth.index], [start[1], *truth], color='#1f77b4', linewidth=1.1, label='truth')
-        _draw(axis, ahead, start, True)
-        axis.axvline(start[0], color='0.7', linewidth=0.8, linestyle='--')
-        axis.set_title(name, fontsize=10, loc='left')
-    _finish(figure, axes, title, path)
 
 
 def backtest(args: argparse.Namespace) -> None:
@@ -617,16 +535,7 @@ def backtest(args: argparse.Namespace) -> None:
         if unknown:
             raise UserError(f'--plot-columns: no {unknown[0]!r}; there are {", ".join(names[:20])}')
         wanted = args.plot_columns or names[:8]
-        figure, axes = _axes(len(wanted))
-        for axis, name in zip(axes, wanted):
-            own = table[table[key].astype(str) == name]
-            truth = own.drop_duplicates('date').sort_values('date')
-            axis.plot(truth['date'], truth['y'], color='0.35', linewidth=1.1, label='truth')
-            for n, (_, part) in enumerate(own.groupby('fold')):
-                _draw(axis, part.set_index('date'), (part['origin'].iloc[0], part['last'].iloc[0]), n == 0)
-                axis.axvline(part['origin'].iloc[0], color='0.7', linewidth=0.8, linestyle='--')
-            axis.set_title(name, fontsize=10, loc='left')
-        _finish(figure, axes, f'{Path(args.data).name} by {args.model}, step {forecaster.freq}', args.plot)
+        plot_backtest(table, key, wanted, args.plot, f'{Path(args.data).name} by {args.model}, step {forecaster.freq}')
         print(f'plot: {args.plot}')
 
 
@@ -650,159 +559,12 @@ def backtest_table(table) -> str:
     return out.to_string(float_format=lambda v: f'{v:.4g}')
 
 
-# ----------------------------------------------------------------------------------------------------------- bench
-
-def read_recipe(path: str) -> Dict[str, Any]:
-    recipe = common.read_recipe(path)
-    unknown = set(recipe) - {'datasets', 'dlinear'}
-    if unknown:
-        raise UserError(f'{path}: unknown section {sorted(unknown)[0]!r} (known: datasets, dlinear)')
-    for name, entry in recipe.get('datasets', {}).items():
-        unknown = set(entry) - {'file', 'split', 'paper', 'dlinear'}
-        if unknown:
-            raise UserError(f'{path}: {name}: unknown entry {sorted(unknown)[0]!r}')
-    return recipe
-
-
 def bench(args: argparse.Namespace) -> None:
-    from vim2.forecasting import Panel, read_series
     common.at_least(args, 1, 'lookback')
-    recipe = read_recipe(args.config)
-    datasets = args.datasets or list(recipe.get('datasets', {}))
-    for name in datasets:
-        if name not in recipe.get('datasets', {}):
-            raise UserError(f'{args.config} has no data set {name!r}: it has {", ".join(recipe.get("datasets", {}))}')
-    common.at_least(argparse.Namespace(horizons=min(args.horizons), seeds=None), 1, 'horizons')
+    common.at_least(argparse.Namespace(horizons=min(args.horizons)), 1, 'horizons')
     common.at_least(argparse.Namespace(seeds=min(args.seeds)), 0, 'seeds')
-    folder = make_folder(args.output)
-    device = device_of(args)
-    results, panels = [], {}
-    # the first seed of everything first: a bench that is stopped early has a whole table
-    runs = [(seed, horizon, dataset, model) for seed in args.seeds for horizon in args.horizons for dataset in datasets
-            for model in args.models]
-    for seed, horizon, dataset, model in common.progress(runs, desc='bench', unit='run', disable=args.no_progress):
-        entry = recipe['datasets'][dataset]
-        entry = {**entry, 'dlinear': {**(recipe.get('dlinear') or {}), **(entry.get('dlinear') or {})}}
-        path = folder / f'{model}-{dataset}-{horizon}-{seed}.json'
-        run = bench_options(args, entry, model, dataset, horizon, seed)
-        result = read_result(path, run)
-        if result is None and not args.table_only:
-            if dataset not in panels:
-                file = str(Path(args.data_dir) / entry['file'])
-                panels[dataset] = Panel.from_frame(read_series(file), name=file, file=True)
-            result = dict(run, **bench_run(panels[dataset], run, device))
-            common.write_text(path, json.dumps(result, indent=1) + '\n')
-            print(f'{model} {dataset} {horizon} seed {seed}: test MSE {result["mse"]:.4f} (last value '
-                  f'{result["last"]["mse"]:.4f}) over {result["windows"]:,} windows (best epoch {result["best_epoch"]} '
-                  f'of {result["epochs"]}, {common.duration(result["seconds"])})', flush=True)
-        if result is not None:
-            results.append(result)
-    if not results:
-        raise UserError(f'{folder} holds no result of these runs')
-    rows = table(results, recipe)
-    common.write_text(folder / 'bench.json', json.dumps(rows, indent=1) + '\n')
-    text = markdown(rows, args.models)
-    common.write_text(folder / 'bench.md', text)
-    print(text)
-
-
-def bench_options(args, entry: Dict[str, Any], model: str, dataset: str, horizon: int, seed: int) -> Dict[str, Any]:
-    """One run, as its result names it: TSM2 has one configuration, DLinear what its authors took for the data set."""
-    from vim2.forecasting.training import MODEL, training_options
-    options, training = model_arguments(args), training_arguments(args)
-    lookback = args.lookback or 512
-    if MODELS[model] is None:
-        theirs = {k: v[horizon] if isinstance(v, dict) else v for k, v in entry['dlinear'].items()}
-        lookback = theirs.pop('lookback', 336)
-        lookback = args.lookback or lookback
-        options, training = {}, {**theirs, **training}
-    else:
-        options = {**MODEL, **options, **MODELS[model]}
-    # the defaults, too: a result of others is none of this run
-    return dict(model=model, dataset=dataset, horizon=horizon, seed=seed, lookback=lookback, split=entry['split'],
-                options=options, training=training_options(training))
-
-
-def read_result(path: Path, run: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    if not path.exists():
-        return None
-    result = read_object(path)
-    changed = [k for k, v in json.loads(json.dumps(run)).items() if result.get(k) != v]
-    if changed:
-        raise UserError(f'{path} was made with another {", ".join(changed)}: remove it, or take another --output')
-    numbers = {**{n: result.get(n) for n in ('mse', 'mae', 'val_mse', 'windows', 'parameters', 'seconds')}, **{
-        n: result[n].get('mse') if isinstance(result.get(n), dict) else None for n in ('last', 'seasonal')}}
-    odd = [n for n, v in numbers.items() if isinstance(v, bool) or not isinstance(v, (int, float))]
-    if odd:
-        raise UserError(f'{path} is no result of bench: it has no number {", ".join(odd)}; remove it')
-    return result
-
-
-def bench_run(panel, run: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
-    from vim2.forecasting import DLinear, evaluate
-    from vim2.forecasting.forecaster import create_model, prepare
-    from vim2.forecasting.training import Trainer
-    setup = prepare(panel, run['horizon'], run['lookback'], split=run['split'], model=run['options'],
-                    training=run['training'])
-    if MODELS[run['model']] is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run['seed'])
-            network = DLinear(len(panel.variates), run['lookback'], run['horizon'])
-    else:
-        network = create_model(setup.options, run['seed'])
-    trainer = Trainer(network, setup.windows['train'], setup.windows['val'], setup.training, run['seed'], device)
-    trainer.fit()
-    test = setup.windows['test']
-    errors = {kind: evaluate(which, test, device=device).summary()
-              for kind, which in (('model', trainer.model), ('last', 'last'), ('seasonal', 'seasonal'))}
-    ours = errors.pop('model')
-    return dict(mse=ours['mse'], mae=ours['mae'], **errors, windows=len(test), center=setup.options['center'],
-                val_mse=trainer.best_loss, best_epoch=trainer.best_epoch, epochs=trainer.epoch, seconds=trainer.seconds,
-                parameters=common.count_parameters(trainer.model))
-
-
-def table(results: List[Dict[str, Any]], recipe: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """One row per model, data set and horizon: mean and deviation over seeds, and the ratio to the paper's number."""
-    groups: Dict[tuple, List[dict]] = {}
-    for r in results:
-        groups.setdefault((r['dataset'], r['horizon'], r['model']), []).append(r)
-    rows = []
-    for (dataset, horizon, model), group in groups.items():
-        mse = [r['mse'] for r in group]
-        paper = recipe['datasets'][dataset].get('paper', {}).get(horizon)
-        rows.append(dict(
-            dataset=dataset, horizon=horizon, model=model, seeds=[r['seed'] for r in group],
-            mse=statistics.mean(mse), mse_std=statistics.stdev(mse) if len(mse) > 1 else None,
-            mae=statistics.mean(r['mae'] for r in group), val_mse=statistics.mean(r['val_mse'] for r in group),
-            last=group[0]['last']['mse'], seasonal=group[0]['seasonal']['mse'], windows=group[0]['windows'],
-            parameters=group[0]['parameters'], seconds=statistics.mean(r['seconds'] for r in group), paper=paper,
-            ratio=statistics.mean(mse) / paper if paper else None))
-    order = {name: i for i, name in enumerate(recipe['datasets'])}
-    return sorted(rows, key=lambda r: (order[r['dataset']], r['horizon'], list(MODELS).index(r['model'])))
-
-
-def markdown(rows: List[Dict[str, Any]], models: List[str]) -> str:
-    """The test MSE of each model in columns, mean ± deviation over seeds, and the first model over the paper."""
-    first = models[0]
-    cells = {(r['dataset'], r['horizon'], r['model']): r for r in rows}
-    lines = ['| data | horizon | test windows | last value | seasonal naive | paper | ' + ' | '.join(models) +
-             f' | {first} / paper |', '|---|---|---|---|---|---|' + '---|' * len(models) + '---|']
-    ratios = []
-    for dataset, horizon in dict.fromkeys((r['dataset'], r['horizon']) for r in rows):
-        group = [cells.get((dataset, horizon, m)) for m in models]
-        some = next(r for r in group if r)
-        texts = ['–' if r is None else f'{r["mse"]:.4f}' + ('' if r['mse_std'] is None else f' ± {r["mse_std"]:.4f}')
-                 for r in group]
-        ratio = group[0]['ratio'] if group[0] else None
-        if ratio is not None:
-            ratios.append(ratio)
-        lines.append(f'| {dataset} | {horizon} | {some["windows"]:,} | {some["last"]:.4f} | {some["seasonal"]:.4f} | '
-                     f'{some["paper"] or "–"} | ' + ' | '.join(texts) +
-                     f' | {"–" if ratio is None else f"{ratio:.3f}"} |')
-    if ratios:
-        lines.append(f'\nMean ratio of {first} over {len(ratios)} cells {statistics.mean(ratios):.3f}, largest '
-                     f'{max(ratios):.3f}; seeds {sorted({s for r in rows for s in r["seeds"]})}.')
-    return '\n'.join(lines) + '\n'
+    _forecast_bench.bench(args, make_folder(args.output), model_arguments(args), training_arguments(args),
+                          device_of(args))
 
 
 def main() -> None:
