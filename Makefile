@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | wheels: each sets itself up on a fresh clone; needs Python 3.10+ with venv. The tests
+# make demo | docs | test | lint | bench | wheels: each sets itself up on a fresh clone; needs Python 3.10+ with venv. The tests
 # build mmcv, which needs a C++ compiler; the CPU scan brings its own, from PyPI.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ SCAN_ARGS ?=
 BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak sanitize wheels clean
+.PHONY: help setup demo docs test lint bench soak sanitize wheels clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ $(DEV_STAMP): $(STAMP)
 
 demo: $(STAMP)  ## classify a photograph with the bundled weights, offline
 	HF_HUB_OFFLINE=1 $(PY) tools/predict.py tools/assets/chelsea.jpg --annotate demo_output
+
+docs: $(DEV_STAMP)  ## the documentation as a site, in site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 lint: $(DEV_STAMP)  ## ruff
 	$(PY) -m ruff check .
@@ -58,5 +61,5 @@ sanitize: $(DEV_STAMP)  ## the tests of the scan with its C++ library under Addr
 	$(PY) tests/sanitized.py
 
 clean:  ## remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) build dist site *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

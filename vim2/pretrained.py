@@ -110,6 +110,18 @@ class Weights:
     def hub_id(self) -> Optional[str]:
         return f'{self.repo}@{self.revision}' if self.revision else self.repo
 
+    @property
+    def result(self) -> str:
+        """The metric as text: `top-1 53.63 %`."""
+        m = self.metric
+        value = f'{m["value"]:.2f} %' if m.get('unit') == '%' else f'{m["value"]:.4g} {m.get("unit", "")}'.rstrip()
+        return f'{m["name"]} {value}' + ('' if self.pinned else ', as published')
+
+    @property
+    def source(self) -> str:
+        """Where the file is from, for people."""
+        return self.repo or (urlsplit(self.url).netloc if self.url else 'the package')
+
     def pretrained_cfg(self) -> Dict[str, Any]:
         """What timm's default configuration says about these weights."""
         if self.url:
@@ -181,11 +193,7 @@ class _Table(List[Weights]):
     def __repr__(self) -> str:
         rows = [('name', 'size', 'licence', 'data', 'result', 'from')]
         for w in self:
-            m = w.metric
-            value = f'{m["value"]:.2f} %' if m.get('unit') == '%' else f'{m["value"]:.4g} {m.get("unit", "")}'.rstrip()
-            source = w.repo or (urlsplit(w.url).netloc if w.url else 'the package')
-            rows.append((w.name, f'{w.size / 1e6:.1f} MB' if w.size else '?', w.license, w.data,
-                         f'{m["name"]} {value}' + ('' if w.pinned else ', as published'), source))
+            rows.append((w.name, f'{w.size / 1e6:.1f} MB' if w.size else '?', w.license, w.data, w.result, w.source))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
