@@ -57,7 +57,7 @@ def zoo() -> str:
     import torch
 
     import vim2
-    rows = ['| name | parameters | px | result | trained on | licence | from |', '|---|---|---|---|---|---|---|']
+    rows = ['| name | parameters | px | result | from | licence | trained on |', '|---|---|---|---|---|---|---|']
     commands = ['What measures those that were trained here, and what trained them:']
     for weights in vim2.list_pretrained():
         if weights.name.startswith('tsm2'):
@@ -68,8 +68,8 @@ def zoo() -> str:
             parameters = f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M'
             px = model.pretrained_cfg['input_size'][-1]
         source = weights.source + (f', {weights.size / 1e6:.1f} MB' if weights.size else '')
-        rows.append(f'| `{weights.name}` | {parameters} | {px} | {weights.result} | {weights.data} | '
-                    f'{weights.license} | {source} |')
+        rows.append(f'| `{weights.name}` | {parameters} | {px} | {weights.result} | {source} | '
+                    f'{weights.license} | {weights.data} |')
         if weights.command:
             commands += ['', f'- `{weights.name}`', '', f'        {weights.metric["command"]}',
                          f'        {weights.command}']
