@@ -480,18 +480,26 @@ def test_bench(tool, tmp_path, monkeypatch):
     assert row['mse'] == pytest.approx(statistics.mean(r['mse'] for r in each))
     assert row['ratio'] == pytest.approx(row['mse'] / 0.5) and row['windows'] == 80 - 4 + 1
     assert each[0]['mse'] != each[1]['mse'] and each[0]['options']['d_model'] == 8
-    assert row['last'] == each[0]['last']['mse'] > row['mse']
+    assert row['last'] == each[0]['last'] and row['last']['mse'] > row['mse']
+    assert set(row['last']) == {'mse', 'mae', 'own_mse', 'own_mae', 'mase'} <= set(row) and row['mase'] > 0
     dlinear = json.loads((out / 'dlinear-x-4-0.json').read_text(encoding='utf-8'))
     assert dlinear['training']['lr'] == 0.02 and dlinear['options'] == {} and dlinear['parameters'] == 2 * 33 * 4
     table = (out / 'bench.md').read_text(encoding='utf-8')
     assert table in result.out and table.count('\n| x |') + table.count('\n| y |') == 2
-    assert f'| x | 4 | 77 | {row["last"]:.4f} | {row["seasonal"]:.4f} | 0.5 | {row["mse"]:.4f} ± ' in table
+    naive = ' | '.join(f'{row[k]["mse"]:.4f}' for k in ('last', 'seasonal'))
+    assert f'| x | 4 | 77 | {naive} | 0.5 | {row["mse"]:.4f} ± ' in table
+    lost = _forecast_bench.losses(rows, 'tsm2')
+    better = [r['dataset'] for r in rows if r['model'] == 'tsm2' and r['seasonal']['mse'] < r['mse']]
+    assert len(lost.get('the seasonal naive forecast', [])) == len(better) and table.count('tsm2 loses to') == len(lost)
+    row['last']['mse'] = row['mse'] / 2
+    assert _forecast_bench.losses([row], 'tsm2') == {'repeating the last value': [
+        f'x 4 ({row["mse"]:.4f} against {row["mse"] / 2:.4f})']} | ({} if 'x' not in better else lost)
     assert f'Mean ratio of tsm2 over 1 cells {row["ratio"]:.3f}' in table
     again = tool('forecast', *arguments, '--table-only')
     assert again.code == 0 and table in again.out
     path, whole = out / 'tsm2-x-4-0.json', each[0]
     for text, message in (('[]', 'must hold an object'), ('{', 'is no JSON'),
-                          (json.dumps(dict(whole, last=None, mae='x')), 'has no number mae, last')):
+                          (json.dumps(dict(whole, last=None, mae='x')), 'has no number mae, last.mse')):
         path.write_text(text)
         odd = tool('forecast', *arguments, '--table-only')
         assert odd.code == 2 and message in odd.err and odd.err.count('\n') == 1, odd.err

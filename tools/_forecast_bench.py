@@ -97,17 +97,25 @@ def read_result(path: Path, run: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     changed = [k for k, v in json.loads(json.dumps(run)).items() if result.get(k) != v]
     if changed:
         raise UserError(f'{path} was made with another {", ".join(changed)}: remove it, or take another --output')
-    numbers = {**{n: result.get(n) for n in ('mse', 'mae', 'val_mse', 'windows', 'parameters', 'seconds')}, **{
-        n: result[n].get('mse') if isinstance(result.get(n), dict) else None for n in ('last', 'seasonal')}}
-    odd = [n for n, v in numbers.items() if isinstance(v, bool) or not isinstance(v, (int, float))]
+    odd = [n for n in ('val_mse', 'windows', 'parameters', 'seconds') if not _is_number(result.get(n))]
+    for name, errors in (('', result), ('last', result.get('last')), ('seasonal', result.get('seasonal'))):
+        for n in ('mse', 'mae', 'own_mse', 'own_mae', 'mase'):
+            if not isinstance(errors, dict) or not _is_number(errors.get(n)) and not (
+                    n == 'mase' and errors.get(n, 0) is None):  # of a series that stood still in the training part
+                odd.append(f'{name}.{n}' if name else n)
     if odd:
         raise UserError(f'{path} is no result of bench: it has no number {", ".join(odd)}; remove it')
     return result
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def bench_run(panel, run: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
     from vim2.forecasting import DLinear, evaluate
-    from vim2.forecasting.preparation import create_model, prepare
+    from vim2.forecasting.metrics import naive_scale
+    from vim2.forecasting.preparation import create_model, masked, prepare
     from vim2.forecasting.training import Trainer
     setup = prepare(panel, run['horizon'], run['lookback'], split=run['split'], model=run['options'],
                     training=run['training'])
@@ -120,10 +128,10 @@ def bench_run(panel, run: Dict[str, Any], device: torch.device) -> Dict[str, Any
     trainer = Trainer(network, setup.windows['train'], setup.windows['val'], setup.training, run['seed'], device)
     trainer.fit()
     test = setup.windows['test']
-    errors = {kind: evaluate(which, test, device=device).summary()
+    scale = naive_scale(masked(setup.panel, setup.parts['train']), setup.season)
+    errors = {kind: evaluate(which, test, device=device, scale=scale).summary()
               for kind, which in (('model', trainer.model), ('last', 'last'), ('seasonal', 'seasonal'))}
-    ours = errors.pop('model')
-    return dict(mse=ours['mse'], mae=ours['mae'], **errors, windows=len(test), center=setup.options['center'],
+    return dict(errors.pop('model'), **errors, windows=len(test), center=setup.options['center'],
                 val_mse=trainer.best_loss, best_epoch=trainer.best_epoch, epochs=trainer.epoch, seconds=trainer.seconds,
                 parameters=common.count_parameters(trainer.model))
 
@@ -140,8 +148,9 @@ def table(results: List[Dict[str, Any]], recipe: Dict[str, Any]) -> List[Dict[st
         rows.append(dict(
             dataset=dataset, horizon=horizon, model=model, seeds=[r['seed'] for r in group],
             mse=statistics.mean(mse), mse_std=statistics.stdev(mse) if len(mse) > 1 else None,
-            mae=statistics.mean(r['mae'] for r in group), val_mse=statistics.mean(r['val_mse'] for r in group),
-            last=group[0]['last']['mse'], seasonal=group[0]['seasonal']['mse'], windows=group[0]['windows'],
+            **{n: statistics.mean(r[n] for r in group) for n in ('mae', 'own_mse', 'own_mae', 'val_mse')},
+            mase=None if group[0]['mase'] is None else statistics.mean(r['mase'] for r in group),
+            last=group[0]['last'], seasonal=group[0]['seasonal'], windows=group[0]['windows'],
             parameters=group[0]['parameters'], seconds=statistics.mean(r['seconds'] for r in group), paper=paper,
             ratio=statistics.mean(mse) / paper if paper else None))
     order = {name: i for i, name in enumerate(recipe['datasets'])}
@@ -163,10 +172,23 @@ def markdown(rows: List[Dict[str, Any]], models: List[str]) -> str:
         ratio = group[0]['ratio'] if group[0] else None
         if ratio is not None:
             ratios.append(ratio)
-        lines.append(f'| {dataset} | {horizon} | {some["windows"]:,} | {some["last"]:.4f} | {some["seasonal"]:.4f} | '
-                     f'{some["paper"] or "–"} | ' + ' | '.join(texts) +
+        lines.append(f'| {dataset} | {horizon} | {some["windows"]:,} | {some["last"]["mse"]:.4f} | '
+                     f'{some["seasonal"]["mse"]:.4f} | {some["paper"] or "–"} | ' + ' | '.join(texts) +
                      f' | {"–" if ratio is None else f"{ratio:.3f}"} |')
     if ratios:
         lines.append(f'\nMean ratio of {first} over {len(ratios)} cells {statistics.mean(ratios):.3f}, largest '
                      f'{max(ratios):.3f}; seeds {sorted({s for r in rows for s in r["seeds"]})}.')
+    lines += [f'\n{m} loses to {what} in: {", ".join(cells_)}.' for m in models
+              for what, cells_ in losses(rows, m).items()]
     return '\n'.join(lines) + '\n'
+
+
+def losses(rows: List[Dict[str, Any]], model: str) -> Dict[str, List[str]]:
+    """The cells where a naive forecast has the smaller MSE, for each of them that wins any."""
+    out = {}
+    for kind, what in (('last', 'repeating the last value'), ('seasonal', 'the seasonal naive forecast')):
+        cells = [f'{r["dataset"]} {r["horizon"]} ({r["mse"]:.4f} against {r[kind]["mse"]:.4f})' for r in rows
+                 if r['model'] == model and r[kind]['mse'] < r['mse']]
+        if cells:
+            out[what] = cells
+    return out
