@@ -43,7 +43,7 @@ lint: $(DEV_STAMP)  ## ruff
 
 # JOBS processes of one thread each: most tests are bound by Python. A file stays in one process, for its fixtures.
 test: lint  ## lint and all tests, OpenMMLab's included, whose mmcv is built once (about 11 minutes)
-	$(PY) tools/install_openmmlab.py -c constraints.txt
+	$(PY) -m vim2.install_openmmlab -c constraints.txt
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON

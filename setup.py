@@ -43,7 +43,7 @@ EXTRAS = {
     # what tools/*.py import beyond the package itself
     'tools': ['matplotlib>=3.7', 'pillow>=10.1', 'pyyaml>=6.0', 'tqdm>=4.60'],
     # detection and segmentation: the maintained forks, which keep the import names mmengine, mmdet and mmseg; mmcv
-    # with its compiled operators must be built, because its wheels come without them: tools/install_openmmlab.py
+    # with its compiled operators must be built, because its wheels come without them: vim2/install_openmmlab.py
     'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
     'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
     # vim2.forecasting; tools/forecast.py needs `tools` as well
@@ -51,7 +51,8 @@ EXTRAS = {
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
     'darts>=0.48', 'neuralforecast>=3.3', 'pyarrow>=15.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
-    'expecttest>=0.2', 'psutil>=5.9', 'hypothesis>=6.100', 'torchao>=0.14', 'ziglang>=0.14',  # vim2/ops/cpu/build.py
+    'expecttest>=0.2', 'psutil>=5.9', 'hypothesis>=6.100', 'tensorboard>=2.15', 'wandb>=0.18', 'torchao>=0.14',
+    'ziglang>=0.14',  # vim2/ops/cpu/build.py
     'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26']  # make docs
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.

@@ -146,6 +146,17 @@ def test_tutorial(page, folder):
         assert 'red' in json.loads((folder / 'output/train/photos/model/config.json').read_text())['label_names']
 
 
+@pytest.mark.parametrize('page', ['README.md', 'detection/README.md', 'segmentation/README.md'])
+def test_every_option_of_a_readme_is_run_by_a_test(page):
+    """But for those of torchrun, slurm and pip."""
+    text = (ROOT / page).read_text(encoding='utf-8').replace('\\\n', ' ')
+    lines = [re.sub(r'^\s*(srun|torchrun|pip|make) .*?(?= tools/|$)', '', line) for line in text.splitlines()]
+    options = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', '\n'.join(lines)))
+    tests = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT / 'tests').glob('test_*.py')
+                      if path.name != 'test_docs.py')
+    assert options and not [o for o in sorted(options) if not re.search(rf'{o}(?![\w-])', tests)]
+
+
 def test_table_of_models():
     register_models()
     rows = re.findall(r'^\| `(\S+)` \| ([\d.]+) M \| (\d+) \|', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M)

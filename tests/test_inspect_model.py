@@ -8,7 +8,6 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 from torch.nn import functional as F
 
 import inspect_model
@@ -16,7 +15,7 @@ from inspect_model import Mixer
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer
 from vim2.models import VisionMambaMixer
 
-PICTURES = ['averages', 'channel_step_sizes', 'receptive_field', 'token_step_sizes']
+PICTURES = ['averages', 'receptive_field', 'token_attention', 'token_step_sizes']
 
 
 @pytest.fixture
@@ -66,11 +65,11 @@ def mixer_at(model, at):
 def test_looking_changes_nothing(model, image):
     with torch.no_grad():
         expected = model(image)
-        with inspect_model.recorded_steps(model) as steps:
+        with inspect_model.recorded_scans(model) as scans:
             assert torch.equal(model(image), expected)
-        assert len(steps) == len(of_mixers(model, (SelectiveTokenMixer, SelectiveChannelMixer))) == 8
+        assert len(scans) == len(of_mixers(model, (SelectiveTokenMixer, SelectiveChannelMixer))) == 8
         before = {n: p.clone() for n, p in model.named_parameters()}
-        inspect_model.selection(model, image)
+        inspect_model.token_scans(model, image)
         inspect_model.receptive_fields(model, image)
         assert torch.equal(model(image), expected)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
@@ -79,16 +78,16 @@ def test_looking_changes_nothing(model, image):
 
 def test_nothing_stays_behind(model, image):
     """No hook and no dispatch mode, also after a failure."""
-    with pytest.raises(ZeroDivisionError), inspect_model.recorded_steps(model) as steps:
+    with pytest.raises(ZeroDivisionError), inspect_model.recorded_scans(model) as scans:
         raise ZeroDivisionError
     model(image)
-    assert not steps
+    assert not scans
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 def test_token_steps(model, image):
     """softplus(Linear(Linear(x)) + bias), the mean over the channels, each direction's at the tokens' own places."""
-    tokens = inspect_model.selection(model, image).tokens
+    tokens = {m: inspect_model.mean_steps(scan) for m, scan in inspect_model.token_scans(model, image).items()}
     mixers = of_mixers(model, SelectiveTokenMixer)
     assert sorted(tokens) == mixers and len(mixers) == 5
     for at, x in inputs_of(model, {at: mixer_at(model, at).s6 for at in mixers}, image).items():
@@ -101,27 +100,21 @@ def test_token_steps(model, image):
         assert tokens[at].shape == (4, 16 >> at.stage, 24 >> at.stage)
 
 
-def test_channel_steps():
-    """Where the map is the token grid: mean and percentiles over the tokens of softplus(W2 W1 u + b + w u)."""
-    torch.manual_seed(0)
-    model = VisionMambaMixer(dims=(6,), token_depths=0, channel_depths=1, channel_expand=2., token_grid=4, d_state=2)
-    mixer = model.eval().stages[0].blocks[0].mixer
-    for p in (mixer.dt_projs_weight, mixer.x_proj_weight, mixer.dt_projs_diag):
-        nn.init.normal_(p)
-    image = torch.randn(1, 3, 16, 16)
-    found = inspect_model.selection(model, image)
-    assert not found.tokens and list(found.channels) == [Mixer(0, 0)]
-    x = inputs_of(model, {0: mixer}, image)[0].flatten(1, 2)
-    for s in range(2):
-        branch = F.pad(x @ mixer.in_proj.weight.T, (3, 0) if s == 0 else (0, 3))
-        taps = mixer.conv1d[s].weight[0, 0] if s == 0 else mixer.conv1d[s].weight[0, 0].flip(0)
-        u = F.silu(sum(branch[..., i:i + 12] * taps[i] for i in range(4)) + mixer.conv1d[s].bias)[0]
-        dt = mixer.dt_projs_weight[s] @ (mixer.x_proj_weight[s, :mixer.dt_rank] @ u)
-        dt = F.softplus(dt + mixer.dt_projs_bias[s][:, None] + mixer.dt_projs_diag[s] * u).detach().numpy()
-        mean, low, high = found.channels[Mixer(0, 0)][s]
-        np.testing.assert_allclose(mean, dt.mean(0), rtol=1e-4)
-        np.testing.assert_allclose([low, high], np.percentile(dt, (10, 90), axis=0), rtol=1e-4)
-        assert dt.std() > 0.01
+def test_attention_is_what_the_output_depends_on(model, image):
+    """The derivative of the scans' output at one place with respect to what they read, by direction."""
+    from vim2.ops import cross_selective_scan
+    at, scan = next(iter(inspect_model.token_scans(model, image).items()))
+    height, width = scan.steps.shape[-2:]
+    found = inspect_model.attention(scan, 3, 7)
+    assert found.shape == (4, height, width) and at == Mixer(0, 0)
+    for k in range(4):
+        u = torch.randn(1, scan.steps.shape[2], height, width).requires_grad_()
+        one = torch.zeros(4).index_fill_(0, torch.tensor(k), 1.).view(1, 4, 1, 1, 1)  # the others write nothing
+        y = cross_selective_scan(u, scan.steps, scan.A, scan.B[:, :, 0] * one, scan.C[:, :, 0],
+                                  backend='reference')
+        gradient, = torch.autograd.grad(y[0, :, 3, 7].sum(), u)
+        np.testing.assert_allclose(found[k], gradient[0].abs().mean(0).numpy(), rtol=1e-3, atol=1e-6)
+        assert found[k, 3, 7] > 0
 
 
 def test_average_matrices(model):
@@ -146,6 +139,17 @@ def test_receptive_field_without_mixers_is_the_patch(image):
         assert side // 2 <= field.sides[0] <= field.sides[1] <= side
 
 
+def test_the_middle_of_convolutions():
+    """What a place is computed from lies around it evenly."""
+    torch.manual_seed(0)
+    model = VisionMambaMixer(dims=(4, 6), token_depths=0, channel_depths=0, channel_expand=2., weighted_average=False,
+                             stem='conv', downsample='conv').eval()
+    for field in inspect_model.receptive_fields(model, torch.randn(1, 3, 64, 96)):
+        for axis, center in enumerate(field.center):
+            seen = np.flatnonzero(field.norm.any(1 - axis))
+            assert (seen[0] + seen[-1] + 1) / 2 == center
+
+
 def test_receptive_field_is_the_norm_of_the_jacobian(model, image):
     """Exactly so where there is a direction for each channel, nearly so with half as many."""
     norms = []
@@ -159,6 +163,14 @@ def test_receptive_field_is_the_norm_of_the_jacobian(model, image):
     assert fields[1].norm.sum() == pytest.approx(norms[1].sum(), rel=0.2)
     assert np.corrcoef(fields[1].norm.ravel(), norms[1].ravel())[0, 1] > 0.9
     assert fields[1].sides[1] > 8  # the scans see beyond the patch
+
+
+def test_receptive_field_of_images_is_the_mean(model, image):
+    images = torch.cat([image, image.flip(3)])
+    one, two, both = (inspect_model.receptive_fields(model, x) for x in (image, image.flip(3), images))
+    for a, b, mean in zip(one, two, both):
+        np.testing.assert_allclose(mean.norm, (a.norm + b.norm) / 2, rtol=1e-4, atol=1e-6 * a.norm.max())
+        assert mean.center == a.center
 
 
 @pytest.mark.parametrize('share, side', [(0.5, 8), (1., 10), (0.04, 2), (0.05, 4)])
@@ -191,15 +203,30 @@ def test_pictures_and_json(model, weights, tool, tmp_path):
                                   for m in inspect_model.average_matrices(model)]
     assert [(r['stage'], r['mixer']) for r in report['token_step_sizes']] == of_mixers(model, SelectiveTokenMixer)
     assert all(len(r['mean']) == 4 and min(r['mean']) > 0 for r in report['token_step_sizes'])
-    assert all(len(r['mean']) == 2 for r in report['channel_step_sizes'])
+    assert all({'half', 'nine_tenths', 'random_half', 'random_nine_tenths'} <= set(r) for r in
+               report['receptive_field'])
+
+
+@pytest.mark.parametrize('kind, start', [('pdf', b'%PDF'), ('svg', b'<?xml')])
+def test_pictures_for_papers(tool, tmp_path, kind, start):
+    """As vectors, with a title of one's own, of several images."""
+    sources = [tmp_path / f'{i}.png' for i in range(2)]
+    for i, path in enumerate(sources):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(path)
+    result = tool('inspect_model', *sources, '--model', 'test_vim2', '--random-weights', '--img-size', 32, '--device',
+                  'cpu', '--out', tmp_path / 'out', '--format', kind, '--title', 'My title', '--place', 0.2, 0.9)
+    assert result.code == 0, result.err
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [f'{n}.{kind}' for n in PICTURES]
+    for path in (tmp_path / 'out').iterdir():
+        content = path.read_bytes()
+        assert content.startswith(start) and (kind == 'pdf' or b'My title' in content)
 
 
 def test_what_a_model_does_not_have_is_said(tool, tmp_path):
     kwargs = ('--model', 'test_vim2', '--random-weights', '--out', tmp_path, '--model-kwargs', 'weighted_average=False')
     result = tool('inspect_model', *kwargs, 'channel_mixer=mlp')
     assert result.code == 0, result.err
-    assert sorted(p.stem for p in tmp_path.iterdir()) == ['receptive_field', 'token_step_sizes']
-    assert 'no picture channel_step_sizes.png: the model has no selective channel mixer' in result.out
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ['receptive_field', 'token_attention', 'token_step_sizes']
     assert 'no picture averages.png: the model has no weighted average' in result.out
     result = tool('inspect_model', *kwargs, '--mixer', 4)
     assert 'no picture token_step_sizes.png: the model has no selective token mixer 4 in any stage' in result.out

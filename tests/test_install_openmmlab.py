@@ -1,4 +1,4 @@
-"""tools/install_openmmlab.py without its eleven minutes of compiling: patching, caching, and what goes wrong."""
+"""vim2.install_openmmlab without its eleven minutes of compiling: patching, caching, and what goes wrong."""
 import io
 import os
 import re
@@ -14,8 +14,8 @@ import torch
 import torch.utils.cpp_extension
 from packaging.version import Version
 
-import install_openmmlab as tool_module
-from _common import UserError
+from vim2 import install_openmmlab as tool_module
+from vim2.install_openmmlab import Failure
 
 SETUP = """
 extra_compile_args = {'cxx': [], 'nvcc': []}
@@ -135,7 +135,7 @@ def test_wheel_is_proved_and_kept(args, tmp_path, monkeypatch, no_packages, caps
 ])
 def test_failed_build_leaves_nothing(args, tmp_path, no_packages, setup, message):
     args.sdist = str(make_sdist(tmp_path / 'a.tar.gz', setup))
-    with pytest.raises(UserError, match=f'mmcv did not compile: .*{message}.*log: ') as e:
+    with pytest.raises(Failure, match=f'mmcv did not compile: .*{message}.*log: ') as e:
         tool_module.build(args, tmp_path / 'cache', 'cpu')
     assert contents(tmp_path / 'cache') == []
     log = Path(re.search(r'log: (.*)\)', str(e.value))[1])
@@ -146,7 +146,7 @@ def test_failed_build_leaves_nothing(args, tmp_path, no_packages, setup, message
 def test_wheel_that_does_not_work_is_not_kept(args, tmp_path, no_packages):
     """The real proof, of a wheel without operators."""
     args.sdist = str(make_sdist(tmp_path / 'a.tar.gz', WHEEL))
-    with pytest.raises(UserError, match='mmcv was compiled, but does not work: .*Error'):
+    with pytest.raises(Failure, match='mmcv was compiled, but does not work: .*Error'):
         tool_module.build(args, tmp_path / 'cache', 'cpu')
     assert contents(tmp_path / 'cache') == []
 
@@ -156,14 +156,14 @@ def test_interrupted_build_leaves_nothing(root, tmp_path):
     marker = tmp_path / 'pid'
     setup = f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)\n"
     sdist = make_sdist(tmp_path / 'a.tar.gz', setup)
-    code = ('import sys, install_openmmlab as t, _common\n'
+    code = ('import sys; from vim2 import install_openmmlab as t\n'
             't.installed = lambda name: None\n'
             't.install_packages = lambda args: None\n'
             't.pip = lambda *a, **k: None\n'
-            '_common.run(t.main)\n')
+            'sys.exit(t.main())\n')
     process = subprocess.Popen(
         [sys.executable, '-c', code, '--device', 'cpu', '--sdist', str(sdist), '--cache', str(tmp_path / 'cache')],
-        cwd=root / 'tools', stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as in a shell's background job
     for _ in range(600):
         if marker.exists() and marker.read_text():
@@ -198,26 +198,26 @@ def test_stale_folders(tmp_path):
 def test_no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.delenv('CXX', raising=False)
-    with pytest.raises(UserError, match=r'no C\+\+ compiler: install one .*apt install g\+\+'):
+    with pytest.raises(Failure, match=r'no C\+\+ compiler: install one .*apt install g\+\+'):
         tool_module.check_tools('cpu', tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv('CXX', 'no-such-compiler')
-    with pytest.raises(UserError, match=r'no C\+\+ compiler no-such-compiler'):
+    with pytest.raises(Failure, match=r'no C\+\+ compiler no-such-compiler'):
         tool_module.check_tools('cpu', tmp_path)
 
 
 def test_no_headers_of_python(tmp_path, monkeypatch):
     monkeypatch.setattr(tool_module.sysconfig, 'get_path', lambda name: str(tmp_path))
-    with pytest.raises(UserError, match='headers of Python are not at .*python3-dev'):
+    with pytest.raises(Failure, match='headers of Python are not at .*python3-dev'):
         tool_module.check_tools('cpu', tmp_path)
 
 
 def test_no_nvcc(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.utils.cpp_extension, 'CUDA_HOME', None)
-    with pytest.raises(UserError, match='no nvcc: install the CUDA toolkit .* or build for the CPU alone'):
+    with pytest.raises(Failure, match='no nvcc: install the CUDA toolkit .* or build for the CPU alone'):
         tool_module.check_tools('cuda', tmp_path)
     monkeypatch.setattr(torch.version, 'cuda', None)
-    with pytest.raises(UserError, match='is built without CUDA'):
+    with pytest.raises(Failure, match='is built without CUDA'):
         tool_module.choose_device('cuda')
     assert tool_module.choose_device('auto') == 'cpu'
 
@@ -225,10 +225,10 @@ def test_no_nvcc(tmp_path, monkeypatch):
 def test_no_room(tmp_path, monkeypatch):
     usage = tool_module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(tool_module.shutil, 'disk_usage', lambda p: usage._replace(free=5e8))
-    with pytest.raises(UserError, match='0.5 GB are free at .* needs 1.5: make room'):
+    with pytest.raises(Failure, match='0.5 GB are free at .* needs 1.5: make room'):
         tool_module.check_tools('cpu', tmp_path / 'cache')
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot write to .*--cache'):
+    with pytest.raises(Failure, match='cannot write to .*--cache'):
         tool_module.check_tools('cpu', tmp_path / 'file' / 'cache')
 
 
@@ -238,34 +238,34 @@ def test_no_network(args, tmp_path, monkeypatch):
     for name in ('PIP_EXTRA_INDEX_URL', 'PIP_FIND_LINKS'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
-    with pytest.raises(UserError, match='cannot fetch the source of onedl-mmcv .*pip says: .*mirror'):
+    with pytest.raises(Failure, match='cannot fetch the source of onedl-mmcv .*pip says: .*mirror'):
         tool_module.fetch_source(args, tmp_path)
 
 
 def test_bad_source(args, tmp_path):
     args.sdist = str(tmp_path / 'a.tar.gz')
     Path(args.sdist).write_text('no archive')
-    with pytest.raises(UserError, match='cannot unpack'):
+    with pytest.raises(Failure, match='cannot unpack'):
         tool_module.fetch_source(args, tmp_path)
 
 
 def test_upstream_packages(monkeypatch):
     monkeypatch.setattr(tool_module, 'installed', lambda name: '2.1.0' if name in ('mmcv', 'mmdet') else None)
-    with pytest.raises(UserError, match='mmcv, mmdet: upstream packages .* pip uninstall mmcv mmdet'):
+    with pytest.raises(Failure, match='mmcv, mmdet: upstream packages .* pip uninstall mmcv mmdet'):
         tool_module.check_others()
 
 
 def test_command_line(tool, tmp_path):
-    result = tool('install_openmmlab', '--sdist', tmp_path / 'none.tar.gz')
+    result = tool('vim2.install_openmmlab', '--sdist', tmp_path / 'none.tar.gz')
     assert result.code == 2 and 'there is no file' in result.err
-    result = tool('install_openmmlab', '--jobs', 0)
+    result = tool('vim2.install_openmmlab', '--jobs', 0)
     assert result.code == 2 and '--jobs must be at least 1' in result.err
 
 
 def test_installed_already(tool, tmp_path):
     """Nothing is installed, fetched or written where everything works; and the proof is a proof."""
     pytest.importorskip('mmcv.ops', exc_type=ImportError, reason='OpenMMLab is not installed')
-    result = tool('install_openmmlab', '--cache', tmp_path / 'cache', '--device', 'cpu')
+    result = tool('vim2.install_openmmlab', '--cache', tmp_path / 'cache', '--device', 'cpu')
     assert result.code == 0 and result.out.startswith('works on cpu: mmengine ') and result.out.count('\n') == 1
     assert not (tmp_path / 'cache').exists()
 
@@ -278,7 +278,7 @@ def test_from_the_cache(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool_module, 'pip', lambda *a, **k: calls.append(a))
     monkeypatch.setattr(tool_module, 'prove', lambda device, path=None: next(proofs))
     monkeypatch.setattr(tool_module, 'installed', lambda name: '1' if name.startswith('onedl-') else None)
-    result = tool('install_openmmlab', '--cache', tmp_path, '--device', 'cpu')
+    result = tool('vim2.install_openmmlab', '--cache', tmp_path, '--device', 'cpu')
     assert result.code == 0, result.err
     assert calls == [('install', '--force-reinstall', '--no-deps', str(folder / 'onedl_mmcv-2.3.6-any.whl'))]
     assert 'from the cache' in result.out

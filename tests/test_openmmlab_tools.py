@@ -12,15 +12,15 @@ from conftest import tool_environment
 from PIL import Image, ImageDraw
 
 pytest.importorskip('mmcv.ops', exc_type=ImportError,
-                    reason='OpenMMLab is not installed: python tools/install_openmmlab.py')
+                    reason='OpenMMLab is not installed: python -m vim2.install_openmmlab')
 
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import DATASETS, MODELS, DefaultScope  # noqa: E402
 
 from vim2.openmmlab import load_config  # noqa: E402
 
-SEGMENTER = 'vim2-nano_upernet_camvid'
-DETECTOR = 'mask-rcnn_vim2-nano_fpn_coco-tiny'
+SEGMENTER = 'vim2-micro_upernet_camvid'
+DETECTOR = 'mask-rcnn_vim2-micro_fpn_coco-tiny'
 # A small model in the config's place, and no randomness in what it is given.
 TINY = ['model.backbone.model_name=test_vim2', 'model.backbone.init_cfg=None', 'model.backbone.drop_path_rate=0.']
 
@@ -76,7 +76,7 @@ def coco(tmp_path_factory):
 
 
 def segmenter_options(iters, extra=()):
-    return ['--cfg-options', *TINY, 'model.decode_head.in_channels=[8,16,24,32]', 'model.auxiliary_head.in_channels=24',
+    return ['--cfg-options', *TINY, 'model.decode_head.in_channels=[8,16,24]', 'model.auxiliary_head.in_channels=16',
             'model.decode_head.channels=16', 'model.auxiliary_head.channels=16', f'train_cfg.max_iters={iters}',
             f'train_cfg.val_interval={iters}', f'default_hooks.checkpoint.interval={iters}',
             'default_hooks.logger.interval=1', 'randomness.seed=0', *extra]
@@ -103,21 +103,31 @@ def losses(text):
     return [float(v) for v in re.findall(r'Iter\(train\) \[.*? loss: ([\d.]+)', text)]
 
 
+def tensorboard_tags(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(next(folder.rglob('events.out.tfevents*')).parent)).Reload()
+    return set(events.Tags()['scalars'])
+
+
 def weights(folder, iters):
     return torch.load(folder / f'iter_{iters}.pth', weights_only=False)['state_dict']  # written by this test
 
 
-def test_segmenter_trains_tests_and_resumes(tool, tool_process, camvid, tmp_path, monkeypatch):
-    monkeypatch.setenv('CAMVID_ROOT', str(camvid))
-    work = tmp_path / 'work'
+def test_segmenter_trains_tests_and_resumes(tool, tool_process, camvid, tmp_path):
+    work, data = tmp_path / 'work', ('--data-root', camvid)
     options = segmenter_options(4)
-    result = tool('train_openmmlab', SEGMENTER, '--work-dir', work, *options)
+    # a process of its own, which Weights & Biases' is then told the end of
+    result = tool_process('train_openmmlab', SEGMENTER, *data, '--work-dir', work, '--tensorboard', '--wandb', 'tests',
+                          *options, cwd=tmp_path, WANDB_MODE='offline')
     assert result.code == 0, result.err[-2000:]
     log = next(work.glob('*/*.log')).read_text()
     assert len(losses(log)) == 4 and 'mIoU' in log
     assert (work / 'iter_4.pth').is_file()
+    assert {'loss', 'lr', 'mIoU'} <= tensorboard_tags(work)
+    recorded = next(work.rglob('*.wandb')).read_bytes()
+    assert b'decode.loss_ce' in recorded and b'mIoU' in recorded
 
-    result = tool('train_openmmlab', SEGMENTER, '--work-dir', work, '--resume', *segmenter_options(6))
+    result = tool('train_openmmlab', SEGMENTER, *data, '--work-dir', work, '--resume', *segmenter_options(6))
     assert result.code == 0, result.err[-2000:]
     log = sorted(work.glob('*/*.log'))[-1].read_text()
     assert 'resumed epoch: 0, iter: 4' in log and len(losses(log)) == 2  # 5 and 6
@@ -125,12 +135,18 @@ def test_segmenter_trains_tests_and_resumes(tool, tool_process, camvid, tmp_path
     assert any(not torch.equal(v, resumed[k]) for k, v in weights(work, 4).items())
 
     # a process of its own: mmengine keeps one visualizer per process, with the folder of the first
-    result = tool_process('test_openmmlab', SEGMENTER, work / 'iter_6.pth', '--work-dir', tmp_path / 'test', '--json',
-                          '--show-dir', tmp_path / 'pictures', *options)
+    result = tool_process('test_openmmlab', SEGMENTER, work / 'iter_6.pth', *data, '--work-dir', tmp_path / 'test',
+                          '--json', '--show-dir', 'pictures', *options, cwd=tmp_path)
     assert result.code == 0, result.err[-2000:]
     metrics = json.loads(result.out.splitlines()[-1])
     assert 0 <= metrics['mIoU'] <= 100 and 0 < metrics['aAcc'] <= 100
-    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 3
+    assert len(list((tmp_path / 'test' / 'pictures').rglob('*.png'))) == 3 and not (tmp_path / 'pictures').exists()
+
+    result = tool('test_openmmlab', SEGMENTER, work / 'iter_6.pth', *data, '--work-dir', tmp_path / 'tta', '--json',
+                  '--tta', *options)
+    assert result.code == 0, result.err[-2000:]
+    assert json.loads(result.out.splitlines()[-1]).keys() == metrics.keys()
+    assert 'SegTTAModel' in next((tmp_path / 'tta').glob('*/*.log')).read_text()
 
 
 def test_two_processes_are_one_with_the_whole_batch(tool, root, camvid, tmp_path, monkeypatch):
@@ -161,9 +177,8 @@ def test_two_processes_are_one_with_the_whole_batch(tool, root, camvid, tmp_path
         assert torch.allclose(v, b[k], rtol=1e-5, atol=1e-5), (k, (v - b[k]).abs().max())
 
 
-def test_detector_trains_and_tests(tool, coco, tmp_path, monkeypatch):
-    monkeypatch.setenv('COCO_TINY_ROOT', str(coco))
-    options = ['--cfg-options', *TINY, 'model.backbone.model_kwargs=None', 'model.neck.in_channels=[8,16,24,32]',
+def test_detector_trains_and_tests(tool, coco, tmp_path):
+    options = ['--data-root', coco, '--cfg-options', *TINY, 'model.neck.in_channels=[8,16,24]',
                'train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'default_hooks.checkpoint.interval=3',
                'train_dataloader.dataset.indices=4', 'val_dataloader.dataset.indices=4',
                'test_dataloader.dataset.indices=4', 'default_hooks.logger.interval=1', 'randomness.seed=0',
@@ -177,6 +192,12 @@ def test_detector_trains_and_tests(tool, coco, tmp_path, monkeypatch):
     assert result.code == 0, result.err[-2000:]
     metrics = json.loads(result.out.splitlines()[-1])
     assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics)
+    result = tool('test_openmmlab', DETECTOR, tmp_path / 'iter_3.pth', '--work-dir', tmp_path / 'tta', '--tta',
+                  '--json', '--show-dir', 'pictures', *options)
+    assert result.code == 0, result.err[-2000:]
+    metrics = json.loads(result.out.splitlines()[-1])
+    assert 'coco/bbox_mAP_50' in metrics and 'coco/segm_mAP_50' not in metrics  # merges boxes alone
+    assert len(list((tmp_path / 'tta' / 'pictures').rglob('*.jpg'))) == 4
 
 
 def test_multi_scale_testing(tool, camvid, tmp_path, monkeypatch):
@@ -209,22 +230,47 @@ test_evaluator = dict(ignore_index=11)
     (['no-such-config'], "there is no config 'no-such-config'"),
     ([SEGMENTER, '--amp-dtype', 'bfloat16'], '--amp-dtype needs --amp'),
     ([SEGMENTER, '--cfg-options', 'model.backbone.model_name=vim2_tinny'], "write model_name='vim2_tiny'"),
-    ([SEGMENTER, '--cfg-options', 'model.backbone.out_indices=(0,5)'], r'out_indices=.*from 0 to 3'),
+    ([SEGMENTER, '--cfg-options', 'model.backbone.out_indices=(0,5)'], r'out_indices=.*from 0 to 2'),
     ([SEGMENTER, '--resume', 'none.pth'], 'there is no checkpoint none.pth'),
     ([SEGMENTER, '--auto-scale-lr'], 'no auto_scale_lr.base_batch_size'),
     ([SEGMENTER, '--launcher', 'slurm'], '--launcher slurm needs GPUs'),
     ([SEGMENTER, '--launcher', 'pytorch'], 'for processes that torchrun starts'),
-    ([SEGMENTER], r'No such file or directory.*camvid.*data_root'),
+    ([SEGMENTER], r'there is no .*camvid/train/images \(train data\): --data-root DIR says where.*, now .*cam'),
+    (['mask-rcnn_vim2-t_fpn_1x_coco', '--data-root', '.'],
+     r'there is no ./annotations/instances_train2017.json \(train data\)'),
 ])
-def test_mistakes(tool, tmp_path, monkeypatch, arguments, message):
+def test_mistakes(tool, camvid, tmp_path, monkeypatch, arguments, message):
     if torch.accelerator.is_available() and '--launcher' in arguments:
         pytest.skip('concerns machines without a GPU')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('CAMVID_ROOT', str(tmp_path / 'camvid'))
+    monkeypatch.setenv('CAMVID_ROOT', str(tmp_path / 'camvid' if len(arguments) == 1 else camvid))
     result = tool('train_openmmlab', *arguments)
     assert result.code == 2, result.err[-1000:]
     last = result.err.strip().splitlines()[-1]
     assert last.startswith('train_openmmlab.py: error: ') and re.search(message, last), last
+
+
+def test_what_is_missing_is_named_for_what_it_is(tool, coco, camvid, tmp_path):
+    """Weights are no data; a file that the evaluator alone reads; an image that the annotations list."""
+    options = ['--work-dir', tmp_path, '--data-root', camvid, *segmenter_options(1)]
+    options[options.index('model.backbone.init_cfg=None')] = 'model.backbone.init_cfg.checkpoint=none.pth'
+    result = tool('train_openmmlab', SEGMENTER, *options)
+    assert result.code == 2 and 'there is no weights file none.pth' in result.err.splitlines()[-1]
+    assert 'data' not in result.err.splitlines()[-1].rpartition('none.pth')[2]
+
+    arguments = [DETECTOR, '--work-dir', tmp_path, '--data-root', coco, '--cfg-options', *TINY,
+                 'model.neck.in_channels=[8,16,24]', 'train_dataloader.dataset.indices=4',
+                 'val_dataloader.dataset.indices=4', 'test_dataloader.dataset.indices=4']
+    result = tool('train_openmmlab', *arguments, 'val_evaluator.ann_file=none.json')
+    assert result.code == 2 and 'there is no none.json (val data)' in result.err.splitlines()[-1]
+    file = coco / 'images' / 'train2017' / '2.jpg'
+    try:
+        file.rename(tmp_path / '2.jpg')
+        result = tool('train_openmmlab', *arguments)
+    finally:
+        (tmp_path / '2.jpg').rename(file)
+    last = result.err.strip().splitlines()[-1]
+    assert result.code == 2 and '2.jpg' in last and '--data-root' in last
 
 
 def test_config_without_the_import(tool, tmp_path):

@@ -90,6 +90,16 @@ def shops(tmp_path_factory):
     return folder, whole, last, out
 
 
+def test_numbers_go_to_tensorboard(data, tool, tmp_path):
+    """What history.csv has."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    result = tool('forecast', 'fit', data, *SMALL, '--horizon', 8, '--epochs', 2, '--output', tmp_path, '--tensorboard')
+    assert result.code == 0, result.err
+    events, history = EventAccumulator(str(tmp_path)).Reload(), pd.read_csv(tmp_path / 'history.csv')
+    for name in ('train_loss', 'val_mse'):
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(history[name].tolist(), rel=1e-5)
+
+
 def test_fit(run, data):
     folder, out = run
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')) == [

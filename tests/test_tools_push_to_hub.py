@@ -361,8 +361,12 @@ default_scope = 'mmdet'
 custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
 model = dict(
     type='MaskRCNN',
-    backbone=dict(type='ViM2', model_name='test_vim2', drop_path_rate=0.2, model_kwargs=dict(d_state=3)),
+    data_preprocessor=dict(type='DetDataPreprocessor', mean=[127.5, 51., 102.0], std=[51, 25.5, 76.5],
+                           bgr_to_rgb=True, size=(96, 64)),
+    backbone=dict(type='ViM2', model_name='test_vim2', drop_path_rate=0.2, model_kwargs=dict(d_state=3),
+                  init_cfg=dict(type='Pretrained', checkpoint='hf-hub:org/base@main')),
     neck=dict(type='FPN', in_channels=[8, 16, 24, 32]))
+train_dataloader = dict(dataset=dict(type='RepeatDataset', dataset=dict(type='CocoDataset', data_root='data/coco/')))
 '''
 
 
@@ -415,15 +419,28 @@ def test_openmmlab_backbone(mmengine_checkpoint, tool, tmp_path):
     path = save('epoch_12.pth')
     code = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     assert {'mmengine.logging.history_buffer.HistoryBuffer', 'builtins.getattr'} <= set(code)
-    result = tool('push_to_hub', path, '--repo', REPO, '--dry-run', '--out', tmp_path / 'out')
+    log = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    log.write_text('{"loss": 1.5, "step": 12}\n{"coco/bbox_mAP": 0.3125, "coco/segm_mAP": 0.25, "step": 12}\n'
+                   '{"coco/bbox_mAP": 0.9, "step": 11}\n')
+    arguments = ('push_to_hub', path, '--repo', REPO, '--dry-run', '--out', tmp_path / 'out')
+    result = tool(*arguments)
+    assert result.code == 2 and 'was trained on COCO 2017, whose terms do not allow every use: pass --license' in \
+        result.err
+    result = tool(*arguments, '--license', 'cc-by-nc-4.0')
     assert result.code == 0, result.err
     model = vim2.hub.load(tmp_path / 'out')
     assert model.num_classes == 0 and same(net, model)
+    cfg = model.pretrained_cfg  # of the run, not of the architecture
+    assert tuple(cfg['mean']) == (0.5, 0.2, 0.4) and tuple(cfg['std']) == (0.2, 0.1, 0.3)
+    assert tuple(cfg['input_size']) == (3, 96, 64) and cfg['license'] == 'cc-by-nc-4.0'
     assert load_file(tmp_path / 'out' / 'model.safetensors').keys() == net.state_dict().keys()
     card = card_of(result.out.rpartition('written: ')[0])
     assert card.data.pipeline_tag == 'image-feature-extraction'
-    for what in ('trained with MMDetection, 12 epochs.', 'It has no classifier', 'features_only=True',
-                 'No metric was measured'):
+    assert card.data.base_model == 'org/base' and card.data.license == 'cc-by-nc-4.0'
+    for what in ('trained with MMDetection, 12 epochs, from `org/base@main`.', 'It has no classifier',
+                 'features_only=True', 'Trained on COCO 2017.', '| data | box AP | mask AP |',
+                 '| COCO 2017, validation | 31.25 | 25.00 |', 'mean (0.5, 0.2, 0.4), std (0.2, 0.1, 0.3)'):
         assert what in result.out, what
     features = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True)
     assert len(features.eval()(images(net))) == 4
@@ -431,10 +448,17 @@ def test_openmmlab_backbone(mmengine_checkpoint, tool, tmp_path):
 
 def test_openmmlab_mistakes(mmengine_checkpoint, tool, tmp_path):
     save, state, net = mmengine_checkpoint
-    push = lambda path, *more: tool('push_to_hub', path, '--repo', REPO, '--dry-run', '--out', tmp_path / 'out', *more)
-    silent = save('silent.pth', config='model = dict()')
+    push = lambda path, *more: tool('push_to_hub', path, '--repo', REPO, '--dry-run', '--out', tmp_path / 'out',
+                                    '--license', 'mit', *more)
+    result = push(save('bgr.pth', config=CONFIG.replace('bgr_to_rgb=True', 'bgr_to_rgb=False')))
+    assert result.code == 2 and 'reads images as BGR' in result.err
+    result = push(save('raw.pth', config=re.sub('data_preprocessor=dict.*?size=.*?\\),', '', CONFIG, flags=re.S)))
+    assert result.code == 2 and 'has no data_preprocessor' in result.err
+    result = push(save('odd.pth', config=CONFIG.replace('51, 25.5, 76.5', '51, 0, 76.5')))
+    assert result.code == 2 and 'std of the preprocessing must be' in result.err
+    silent = save('silent.pth', config='')
     result = push(silent)
-    assert result.code == 2 and 'does not say which ViM2 its backbone is: pass --model' in result.err
+    assert result.code == 2 and 'does not say which model its backbone is: pass --model' in result.err
     assert push(silent, '--model', 'test_vim2', '--model-kwargs', 'd_state=3').code == 0
     (tmp_path / 'out').rename(tmp_path / 'done')
     result = push(silent, '--model', 'test_vim2')
@@ -460,13 +484,14 @@ def test_openmmlab_mistakes(mmengine_checkpoint, tool, tmp_path):
 
 @pytest.mark.parametrize('text, expected', [
     (CONFIG, ('test_vim2', dict(d_state=3))),
+    ("model = dict(backbone=dict(type='MambaBackbone', model_name='test_vmamba'))", ('test_vmamba', {})),
     ("model = {'backbone': {'type': 'mmdet.ViM2', 'model_name': 'vim2_tiny.x', 'in_channels': 1}}",
      ('vim2_tiny', dict(in_chans=1))),
     ("model = dict(backbone=dict(type='ViM2'))", ('vim2_tiny', {})),
     ("model = dict(backbone=dict(type='ResNet', model_name='vim2_tiny'))", (None, {})),
     ('model = dict(backbone=__import__("os").system("touch x"))', (None, {})), ('not python (', (None, {}))])
 def test_backbone_of_a_configuration(text, expected):
-    assert push_to_hub.backbone_of(text) == expected
+    assert push_to_hub.backbone_of(push_to_hub.read_config(text)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- forecasters

@@ -94,6 +94,35 @@ def test_exported_model_is_what_was_evaluated_best(trained):
     assert tuple(cfg['label_names']) == CLASSES and cfg['num_classes'] == 4 and tuple(cfg['input_size']) == (3, 32, 32)
 
 
+def test_numbers_go_to_tensorboard_and_wandb(npz_dir, tmp_path, tool_process):
+    """What summary.csv has; a resumed run goes on in the same one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    more = ('--tensorboard', '--wandb', 'tests')
+    result = tool_process('train', *options(npz_dir, tmp_path, '--epochs', 1, *more), cwd=tmp_path,
+                          WANDB_MODE='offline')
+    assert result.code == 0, result.err
+    folder = tmp_path / 'run'
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    events = EventAccumulator(str(folder)).Reload()
+    assert set(events.Tags()['scalars']) == set(rows[0]) - {'epoch'}
+    for name in ('train_loss', 'eval_top1'):
+        found = events.Scalars(name)
+        assert [e.step for e in found] == [0] and found[0].value == pytest.approx(float(rows[0][name]), rel=1e-5)
+    recorded, = folder.rglob('*.wandb')
+    content = recorded.read_bytes()
+    assert b'eval_top1' in content and (folder / 'wandb-id').read_text().encode() in content
+
+
+@pytest.mark.parametrize('option', ['--tensorboard', '--wandb'])
+def test_a_logger_that_is_not_installed(npz_dir, tmp_path, tool, monkeypatch, option):
+    import importlib.util
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name in ('tensorboard', 'wandb') else
+                        real(name, *a))
+    result = tool('train', *options(npz_dir, tmp_path, '--epochs', 1, option))
+    assert result.code == 2 and f'{option} needs the package {option[2:]}: pip install' in result.err
+
+
 def test_average_warms_up(npz_dir, tmp_path, tool):
     """A run that is short beside the average's memory: its random start does not stay in the average."""
     result = tool('train', *options(npz_dir, tmp_path, '--epochs', 3, '--lr', '3e-3', '--model-ema',

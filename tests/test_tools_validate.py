@@ -111,6 +111,35 @@ def test_classes_in_another_order_give_the_same_figures(npz_dir, tmp_path, tool,
     assert f'{tmp_path} has no split vall; it has ' in error and 'val' in error
 
 
+def test_a_data_set_of_torchvision_is_downloaded_where_that_is_asked_for(weights, tmp_path, tool, monkeypatch):
+    from timm.data import dataset_factory
+
+    class Downloaded(torch.utils.data.Dataset):
+        classes = list(CLASSES)
+
+        def __init__(self, root, train, download=False, **kwargs):
+            assert not train
+            if download:
+                (tmp_path / 'downloaded').touch()
+            elif not (tmp_path / 'downloaded').exists():
+                raise RuntimeError('Dataset not found or corrupted')
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return colored_image(index % 4, np.random.default_rng(index)), index % 4
+
+    monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, 'cifar10', Downloaded)
+    arguments = ('validate', *MODEL, '--checkpoint', weights, '--num-classes', 4, '--img-size', 32, '--dataset',
+                 'torch/cifar10', '--data-dir', tmp_path, '--split', 'test',
+                 '--device', 'cpu', '-j', 0, '--json')
+    result = tool(*arguments)
+    assert result.code == 2 and 'not found' in result.err
+    result = tool(*arguments, '--dataset-download')
+    assert result.code == 0 and json.loads(result.out)['count'] == 6, result.err
+
+
 def test_table_and_precision(npz_dir, weights, tool):
     arguments = (*MODEL, '--checkpoint', weights, '--num-classes', 4, *npz(npz_dir), '-j', 0)
     plain = json.loads(tool('validate', *arguments, '--json').out)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import secrets
 import struct
 import sys
 import time
@@ -135,6 +136,63 @@ def add_precision_arguments(group) -> None:
     group.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
     group.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='automatic mixed precision')
     group.add_argument('--amp-dtype', default='bfloat16', choices=tuple(AMP_DTYPES), help='its low precision')
+
+
+def add_logging_arguments(group) -> None:
+    """Where the tools that train log their numbers besides files and the terminal."""
+    group.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=False,
+                       help='log to TensorBoard, in the folder of the run')
+    group.add_argument('--wandb', nargs='?', const='vim2', metavar='PROJECT',
+                       help='log to Weights & Biases, under PROJECT (vim2 if it is left out)')
+
+
+def needs(module: str, option: str) -> None:
+    """Refuse an option whose package is not installed."""
+    import importlib.util
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f'{option} needs the package {module}: pip install {module}')
+
+
+class Scalars:
+    """Numbers of a run, to TensorBoard and Weights & Biases as `add_logging_arguments` asks; else nowhere.
+
+    Args:
+        args: the options; all of them are what Weights & Biases shows as the run's configuration.
+        folder: of the run; its name is the run's.
+        active: False in all processes but one.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: os.PathLike, active: bool = True):
+        self._tensorboard = self._wandb = None
+        if active and args.tensorboard:
+            needs('tensorboard', '--tensorboard')
+            from torch.utils.tensorboard import SummaryWriter
+            self._tensorboard = SummaryWriter(str(folder))
+        if active and args.wandb:
+            needs('wandb', '--wandb')
+            import wandb
+            identity = Path(folder) / 'wandb-id'  # a run that is resumed goes on there too
+            if not identity.exists():
+                write_text(identity, secrets.token_hex(4))
+            self._wandb = wandb.init(
+                project=args.wandb, name=os.path.basename(os.path.normpath(folder)), dir=str(folder), config=vars(args),
+                id=identity.read_text(encoding='utf-8'), resume='allow')
+
+    def log(self, step: int, values: Dict[str, Any]) -> None:
+        """Log the numbers among `values` under their names."""
+        values = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 # ---------------------------------------------------------------------------------------------------- YAML recipes

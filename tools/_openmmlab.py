@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,12 @@ def get_parser(description: str, config_help: str) -> argparse.ArgumentParser:
     except ModuleNotFoundError as e:
         if e.name != 'mmengine':
             raise
-        raise UserError('mmengine is not installed: python tools/install_openmmlab.py') from None
+        raise UserError('mmengine is not installed: python -m vim2.install_openmmlab') from None
     parser = argparse.ArgumentParser(description=description, formatter_class=common.HelpFormatter)
     parser.add_argument('config', help=config_help)
     parser.add_argument('--work-dir', metavar='DIR',
                         help="logs and checkpoints (default: the config's, else work_dirs/NAME of the config)")
+    parser.add_argument('--data-root', metavar='DIR', help="folder of the data (default: the config's)")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='K=V',
                         help='change the config: dotted keys; lists as key="[a,b]" or key=a,b')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
@@ -37,17 +38,65 @@ def load_config(args: argparse.Namespace):
     common.register_models()
     from vim2.openmmlab import load_config
     try:
-        cfg = load_config(args.config, args.cfg_options)
+        cfg = load_config(args.config, args.cfg_options, args.data_root)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(common.one_line(e, 1000)) from None
     except ModuleNotFoundError as e:
-        raise UserError(f'{args.config} needs {e.name}: python tools/install_openmmlab.py') from None
+        raise UserError(f'{args.config} needs {e.name}: python -m vim2.install_openmmlab') from None
     except (SyntaxError, KeyError, TypeError, AttributeError, NameError, ImportError) as e:
         raise UserError(f'cannot read the config {args.config}: {common.one_line(e)}') from None
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(args.config).stem)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
+
+
+def check_data(cfg, *parts: str) -> None:
+    """Refuse a config whose folders of images or files of annotations are not there, before a model is built.
+
+    Args:
+        parts: 'train', 'val' or 'test': which data loaders and evaluators are going to be used.
+    """
+    for part in parts:
+        for path, root in _data_paths(cfg, part):
+            if not os.path.exists(path):
+                raise UserError(f'there is no {path} ({part} data): --data-root DIR says where the data are'
+                                + (f', now {root}' if root else ''))
+
+
+def _data_paths(cfg, part: str) -> Iterator[Tuple[str, str]]:
+    """Local files and folders that a part of the config reads, each with the data root that it is in."""
+    from vim2.openmmlab import datasets_of
+
+    def local(path: Any) -> bool:
+        return isinstance(path, str) and bool(path) and '://' not in path
+
+    for dataset in datasets_of((cfg.get(f'{part}_dataloader') or {}).get('dataset')):
+        root = dataset.get('data_root') or ''
+        names = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
+        if dataset.get('backend_args') is None and '://' not in root:
+            yield from ((os.path.join(root, name), root) for name in names if local(name))
+    evaluators = cfg.get(f'{part}_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        if local(evaluator.get('ann_file')) and evaluator.get('backend_args') is None:
+            yield evaluator['ann_file'], ''
+
+
+def add_backends(cfg, args: argparse.Namespace) -> None:
+    """What --tensorboard and --wandb ask for, beside the logs of the work dir."""
+    backends = []
+    if args.tensorboard:
+        common.needs('tensorboard', '--tensorboard')
+        backends.append(dict(type='TensorboardVisBackend'))
+    if args.wandb:
+        common.needs('wandb', '--wandb')
+        name = os.path.basename(os.path.normpath(cfg.work_dir))
+        backends.append(dict(type='WandbVisBackend', init_kwargs=dict(project=args.wandb, name=name)))
+    if not backends:
+        return
+    if cfg.get('visualizer') is None:
+        cfg.visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+    cfg.visualizer.vis_backends = [*(cfg.visualizer.get('vis_backends') or []), *backends]
 
 
 def check_checkpoint(path: str) -> None:
@@ -66,6 +115,10 @@ def check_checkpoint(path: str) -> None:
         raise UserError(f'{path} holds objects besides weights ({", ".join(sorted(unsafe)[:4])}); reading them could '
                         "run code, so it is refused. Where you trust it, save its weights alone: "
                         "torch.save({'state_dict': state_dict}, FILE)")
+
+
+def data_roots(cfg, *parts: str) -> Sequence[str]:
+    return sorted({root for part in parts for _, root in _data_paths(cfg, part)})
 
 
 def build_runner(cfg):
@@ -88,8 +141,12 @@ def build_runner(cfg):
         raise UserError(common.one_line(_first(e), 1000)) from e
 
 
-def execute(action: Callable[[], Any]) -> Any:
-    """Train or test; mistakes in what the config names are one line, everything else keeps its traceback."""
+def execute(action: Callable[[], Any], roots: Sequence[str] = ()) -> Any:
+    """Train or test; mistakes in what the config names are one line, everything else keeps its traceback.
+
+    Args:
+        roots: folders of data: what lacks there is a matter of --data-root.
+    """
     force = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # where that fails, mmengine would read a checkpoint by running its code
     before = os.environ.get(force)
     os.environ[force] = '1'
@@ -103,7 +160,9 @@ def execute(action: Callable[[], Any]) -> Any:
     except Exception as e:  # mmengine re-raises what a class raises, as many types
         cause = _first(e)
         if isinstance(cause, FileNotFoundError):
-            raise UserError(f"{common.one_line(cause)} (data belongs where the config's data_root says)") from e
+            inside = any(str(cause.filename or '').startswith(root) for root in roots if root)
+            hint = ' (--data-root says where the data are)' if inside else ''
+            raise UserError(f'{common.one_line(cause)}{hint}') from e
         if re.search('keys do not match|No pretrained weights are published|write init_cfg=', str(cause)):
             raise UserError(common.one_line(cause, 1000)) from e
         if isinstance(cause, pickle.UnpicklingError):

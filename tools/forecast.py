@@ -147,6 +147,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--seed', type=int, default=0, metavar='N', help='seed of everything random')
     g.add_argument('--output', default='output/forecast/run', metavar='DIR', help='folder of the run')
     g.add_argument('--resume', action='store_true', help='continue the run in --output; start it if there is none')
+    common.add_logging_arguments(g)
     g.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal')
     add_device_argument(g)
     add_training_arguments(p)
@@ -363,6 +364,10 @@ def fit(args: argparse.Namespace) -> None:
         kept = {k: v for k, v in {**reading, **policy}.items() if k not in ('name', 'file')}
         forecaster.info['reading'] = _state(kept)
         write_table(folder / 'history.csv', pd.DataFrame(forecaster.history), index=False)
+        scalars = common.Scalars(args, folder)
+        for row in forecaster.history:
+            scalars.log(row['epoch'], {k: v for k, v in row.items() if k != 'epoch'})
+        scalars.close()
         forecaster.save(folder / 'model')
     info, report = forecaster.info, forecaster.info['report']
     say(f'best epoch {info["epoch"]} of {info["epochs"]}, validation MSE {info["val_mse"]:.4f}')

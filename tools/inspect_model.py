@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""Pictures of what a ViM2 selects in an image: step sizes, weighted averages, effective receptive field.
+"""Pictures of what a ViM2 selects in an image: step sizes, attention, weighted averages, effective receptive field.
 
     python tools/inspect_model.py --out pictures
-    python tools/inspect_model.py photo.jpg --model local-dir:output/train/RUN/model --img-size 224 --out pictures
+    python tools/inspect_model.py *.jpg --model local-dir:output/train/RUN/model --img-size 224 --format pdf
 
-A step size (Δ) says how much of a token, or of a channel, a scan writes into its state and how much of the state it
-forgets: near 0 the token is passed over, large ones reset the state. They are recorded from the scans' own arguments
-while the model runs. The receptive field is the norm of the derivative of the features at the centre of a stage's
-output with respect to each pixel.
+A step size (Δ) says how much of a token a scan writes into its state and how much of the state it forgets: near 0 the
+token is passed over, large ones reset the state. A scan is linear in what it reads once Δ, B and C are known, so that
+it has an attention: what each token adds to the output at one place. Both are computed from the scans' own arguments,
+recorded while the model runs. The receptive field is the norm of the derivative of the features at the centre of a
+stage's output with respect to each pixel, a mean over the images, beside that of a network with random weights.
 """
 import argparse
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from predict import Unreadable, read_picture
 
 _CHELSEA = Path(__file__).resolve().parent / 'assets' / 'chelsea.jpg'
 _MAP_DIRECTIONS = ('row-major →', 'column-major ↓', 'reversed row-major ←', 'reversed column-major ↑')
-_CHANNEL_DIRECTIONS = ('upwards →', 'downwards ←')
 
 
 # ----------------------------------------------------------------------------------------------------- measurements
@@ -38,30 +38,41 @@ class Mixer(NamedTuple):
     block: int
 
 
+class Scan(NamedTuple):
+    """What a scan of a map was called with: step sizes after softplus (B, K, E, H, W), A (K, E, N), B and C
+    (B, K, 1, N, H, W) and the K directions, 0 to 3 in the order of `_MAP_DIRECTIONS`. One along channels has
+    K = H = 1, W channels and E tokens."""
+    steps: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    directions: Sequence[int]
+
+
 class _ScanRecorder(TorchDispatchMode):
-    """Keeps the step sizes that each scan is called with; what it computes stays as it is."""
+    """Keeps what each scan is called with; what it computes stays as it is."""
 
     def __init__(self):
         super().__init__()
         self.current: Optional[Mixer] = None  # the mixer that was entered last: no scan runs outside of one
-        self.steps: Dict[Mixer, List[torch.Tensor]] = defaultdict(list)
+        self.scans: Dict[Mixer, List[Scan]] = defaultdict(list)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.vim2.scan_forward.default, torch.ops.vim2.scan.default):  # the latter in inference mode
             from vim2.ops.low_rank import expand_delta
-            u, delta, bias, weight, softplus = args[0], args[1], args[7], args[8], args[9]
+            u, delta, A, B, C, bias, weight, softplus, directions = (args[i] for i in (0, 1, 2, 3, 4, 7, 8, 9, 10))
             delta = expand_delta(delta, weight, u).detach().float()
             if bias is not None:
                 delta = delta + bias.float()[:, :, None, None]
-            self.steps[self.current].append(F.softplus(delta) if softplus else delta)
+            self.scans[self.current].append(Scan(
+                F.softplus(delta) if softplus else delta, *(v.detach().float() for v in (A, B, C)), directions))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def recorded_steps(model: torch.nn.Module):
-    """Inside, every forward pass adds to the dict that this gives: for each mixer the step sizes (after softplus) of
-    its scans in the order of the calls, each (B, K, E, H, W); a scan along channels has K = H = 1, W channels and E
-    tokens."""
+def recorded_scans(model: torch.nn.Module):
+    """Inside, every forward pass adds to the dict that this gives: for each mixer its scans in the order of the
+    calls."""
     from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer
     recorder, handles = _ScanRecorder(), []
 
@@ -76,37 +87,47 @@ def recorded_steps(model: torch.nn.Module):
                 handles.append(block.mixer.register_forward_pre_hook(enter(Mixer(i, j))))
     try:
         with recorder:
-            yield recorder.steps
+            yield recorder.scans
     finally:
         for handle in handles:
             handle.remove()
 
 
-class Selection(NamedTuple):
-    """Step sizes of one image.
+@torch.no_grad()
+def token_scans(model: torch.nn.Module, image: torch.Tensor) -> Dict[Mixer, Scan]:
+    """What the token mixers' scans of an image (1, C, H, W) are called with."""
+    from vim2.layers import SelectiveTokenMixer
+    with recorded_scans(model) as scans:
+        model.forward_features(image)
+    return {m: recorded[0] for m, recorded in scans.items()
+            if isinstance(model.stages[m.stage].blocks[m.block].mixer, SelectiveTokenMixer)}
 
-    Attributes:
-        tokens: of each token mixer, (K, H, W): the mean over its inner channels, at each token's own place.
-        channels: of each channel mixer, (K, 3, E): mean, 10th and 90th percentile over the tokens.
-    """
-    tokens: Dict[Mixer, np.ndarray]
-    channels: Dict[Mixer, np.ndarray]
+
+def mean_steps(scan: Scan) -> np.ndarray:
+    """Of the first image, (K, H, W): the mean over the inner channels, at each token's own place."""
+    return scan.steps[0].mean(1).cpu().numpy()
 
 
 @torch.no_grad()
-def selection(model: torch.nn.Module, image: torch.Tensor) -> Selection:
-    """What the mixers select in an image (1, C, H, W)."""
-    from vim2.layers import SelectiveTokenMixer
-    with recorded_steps(model) as steps:
-        model.forward_features(image)
-    tokens, channels = {}, {}
-    for mixer, recorded in steps.items():
-        if isinstance(model.stages[mixer.stage].blocks[mixer.block].mixer, SelectiveTokenMixer):
-            tokens[mixer] = recorded[0][0].mean(1).cpu().numpy()
-        else:
-            maps = [r[0, 0, :, 0].cpu().numpy() for r in recorded]  # (tokens, channels) of each direction
-            channels[mixer] = np.stack([np.stack([m.mean(0), *np.percentile(m, (10, 90), axis=0)]) for m in maps])
-    return Selection(tokens, channels)
+def attention(scan: Scan, y: int, x: int) -> np.ndarray:
+    """What each token adds to the output of the first image's scans at (y, x), by direction, (K, H, W).
+
+    The mean over the inner channels of |Σ_n C_n(t) exp(A_n Σ_{s<r≤t} Δ(r)) Δ(s) B_n(s)|, by which y(t) depends on u(s).
+    """
+    _, _, channels, height, width = scan.steps.shape
+    out = torch.zeros(len(scan.directions), height * width)
+    for k, direction in enumerate(scan.directions):
+        order = torch.arange(height * width).view(height, width)
+        order = (order.T if direction % 2 else order).reshape(-1)
+        order = order.flip(0) if direction >= 2 else order
+        order = order[:int((order == y * width + x).nonzero()) + 1].to(scan.steps.device)
+        steps, B, C = (v.flatten(1)[:, order] for v in (scan.steps[0, k], scan.B[0, k, 0], scan.C[0, k, 0]))
+        between = steps.sum(1, keepdim=True) - steps.cumsum(1)
+        weights = torch.zeros_like(steps)
+        for n in range(scan.A.shape[2]):
+            weights += (scan.A[k, :, n, None] * between).exp() * steps * B[n] * C[n, -1]
+        out[k, order.cpu()] = weights.abs().mean(0).cpu()
+    return out.view(-1, height, width).numpy()
 
 
 def average_matrices(model: torch.nn.Module) -> List[np.ndarray]:
@@ -128,29 +149,41 @@ class ReceptiveField(NamedTuple):
     sides: Tuple[int, int]
 
 
-def receptive_fields(model: torch.nn.Module, image: torch.Tensor, directions: int = 8) -> List[ReceptiveField]:
-    """Of the centre of each stage's output, for an image (1, C, H, W).
+def receptive_fields(model: torch.nn.Module, images: torch.Tensor, directions: int = 8) -> List[ReceptiveField]:
+    """Of the centre of each stage's output, the mean over the images (B, C, H, W).
 
     The usual gradient of the *sum* of a place's features is blind to all that passes through a LayerNorm, whose outputs
     have a constant sum. So it is the norm of the Jacobian, estimated from its products with that many orthonormal
     directions, drawn from a fixed seed: exact for a stage with no more channels.
     """
-    image = image.detach().clone().requires_grad_()
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        features = model.forward_intermediates(image, intermediates_only=True)
-        out = []
-        for feature, info in zip(features, model.feature_info):
-            d, y, x = feature.shape[1], feature.shape[2] // 2, feature.shape[3] // 2
-            basis = torch.linalg.qr(torch.randn(d, min(directions, d), generator=generator))[0].T
-            square = torch.zeros(image.shape[2:], dtype=torch.float64)
-            for direction in basis.to(feature):
-                gradient, = torch.autograd.grad(feature[0, :, y, x] @ direction, image, retain_graph=True)
-                square += gradient[0].cpu().double().square().sum(0) * d / len(basis)
-            norm = square.sqrt().numpy()
-            center = ((y + 0.5) * info['reduction'], (x + 0.5) * info['reduction'])
-            out.append(ReceptiveField(norm, center, tuple(_side(norm, center, t) for t in (0.5, 0.9))))
+    norms: Dict[int, List[np.ndarray]] = defaultdict(list)
+    for image in images.detach().split(1):
+        image, generator = image.clone().requires_grad_(), torch.Generator().manual_seed(0)
+        with torch.enable_grad():
+            for stage, feature in enumerate(model.forward_intermediates(image, intermediates_only=True)):
+                d, y, x = feature.shape[1], feature.shape[2] // 2, feature.shape[3] // 2
+                basis = torch.linalg.qr(torch.randn(d, min(directions, d), generator=generator))[0].T
+                square = torch.zeros(image.shape[2:], dtype=torch.float64)
+                for direction in basis.to(feature):
+                    gradient, = torch.autograd.grad(feature[0, :, y, x] @ direction, image, retain_graph=True)
+                    square += gradient[0].cpu().double().square().sum(0) * d / len(basis)
+                norms[stage].append(square.sqrt().numpy())
+    out = []
+    for stage, info in enumerate(model.feature_info):
+        norm = np.mean(norms[stage], axis=0)
+        center = tuple(_place(model, stage, -(-n // info['reduction']) // 2) for n in images.shape[2:])
+        out.append(ReceptiveField(norm, center, tuple(_side(norm, center, t) for t in (0.5, 0.9))))
     return out
+
+
+def _place(model: torch.nn.Module, stage: int, index: int) -> float:
+    """Where in the image, in pixels, the middle of what a place of a stage's output is computed from is."""
+    from vim2.models.hierarchy import ConvDownsample, ConvStem
+    middle = float(index)  # of the pixel or token with that index
+    for i in range(stage, 0, -1):  # patches begin at their index times their side; convolutions lie around it
+        middle = 2 * middle + (0. if isinstance(model.stages[i].downsample, ConvDownsample) else 0.5)
+    side = model.stem.patch_size
+    return side * middle + (0. if isinstance(model.stem, ConvStem) else (side - 1) / 2) + 0.5
 
 
 def _side(norm: np.ndarray, center: Tuple[float, float], share: float) -> int:
@@ -187,57 +220,49 @@ def _kind(model: torch.nn.Module, mixer: Mixer) -> str:
     return 'token' if isinstance(module, (SelectiveTokenMixer, TokenMlp)) else 'channel'
 
 
-def plot_tokens(name: str, pixels: np.ndarray, chosen: Dict[Mixer, np.ndarray]):
-    """One row per mixer, a map per scan direction, each on its own scale: biases set the directions apart by more than
-    what is selected within one."""
-    count = max(len(maps) for maps in chosen.values())
-    aspect = pixels.shape[0] / pixels.shape[1]
-    figure = _figure(2.35 * (count + 1), (1.75 * aspect + 0.4) * len(chosen) + 0.5,
-                     f'{name}: step size Δ of each token, mean over the inner channels')
-    axes = figure.subplots(len(chosen), count + 1, squeeze=False)
-    for i, (row, (mixer, maps)) in enumerate(zip(axes, chosen.items())):
-        for ax in row:
-            ax.set_axis_off()
-        row[0].set_axis_on()
+def _maps(title: str, pixels: np.ndarray, rows: Dict[Mixer, np.ndarray], columns: Sequence[str], norm, label: str,
+          places: Optional[Dict[Mixer, Tuple[float, float]]] = None):
+    """One row per mixer, a map (H, W) per column over the image in gray, all on one scale; a cross at a place (y, x) in
+    pixels."""
+    height, width = pixels.shape[:2]
+    figure = _figure(2.2 * (len(columns) + 1) + 0.9, (2. * height / width + 0.35) * len(rows) + 0.6, title)
+    axes = figure.subplots(len(rows), len(columns) + 1, squeeze=False)
+    for i, (row, (mixer, maps)) in enumerate(zip(axes, rows.items())):
+        _picture(row[0], pixels, f'image, {width} × {height} px' if i == 0 else '')
         row[0].set_ylabel(f'stage {mixer.stage + 1}, mixer {mixer.block + 1}\n{maps.shape[2]} × {maps.shape[1]} tokens',
                           fontsize=9)
-        if i == 0:
-            _picture(row[0], pixels, f'image, {pixels.shape[1]} × {pixels.shape[0]} px')
-        else:
-            row[0].set(xticks=[], yticks=[])
-            row[0].spines[:].set_visible(False)
-        for ax, values, direction in zip(row[1:], maps, _MAP_DIRECTIONS):
-            ax.set_axis_on()
-            shown = ax.imshow(values, cmap='viridis', interpolation='nearest')
+        for ax, values, column in zip(row[1:], maps, columns):
+            ax.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
+            shown = ax.imshow(values, cmap='inferno', norm=norm, alpha=0.7, interpolation='nearest',
+                              extent=(-0.5, width - 0.5, height - 0.5, -0.5))
             ax.set(xticks=[], yticks=[])
-            ax.set_title(direction, fontsize=9)
-            bar = figure.colorbar(shown, ax=ax, shrink=0.85, pad=0.02)
-            bar.ax.tick_params(labelsize=7)
-            bar.ax.locator_params(nbins=4)
-            bar.ax.set_title('Δ', fontsize=8)
+            if i == 0:
+                ax.set_title(column, fontsize=9)
+            if places:
+                y, x = places[mixer]
+                ax.plot(x - 0.5, y - 0.5, '+', color='cyan', markersize=9)
+    figure.colorbar(shown, ax=list(axes[:, 1:].flat), label=label, shrink=0.9, pad=0.01)
     return figure
 
 
-def plot_channels(name: str, chosen: Dict[Mixer, np.ndarray]):
-    """One row per mixer: step size over the channels, a line per direction with the spread over the tokens."""
-    figure = _figure(9.5, 1.8 * len(chosen) + 0.8,
-                     f'{name}: step size Δ of each channel')
-    axes = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
-    for ax, (mixer, directions) in zip(axes, chosen.items()):
-        channels = np.arange(directions.shape[2])
-        for (mean, low, high), direction, color in zip(directions, _CHANNEL_DIRECTIONS, ('tab:blue', 'tab:orange')):
-            ax.fill_between(channels, low, high, color=color, alpha=0.2, linewidth=0)
-            ax.plot(channels, mean, color=color, linewidth=0.9, label=direction)
-        ax.set_title(f'stage {mixer.stage + 1}, mixer {mixer.block + 1}', fontsize=9)
-        ax.set_xlim(0, len(channels) - 1)
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel('Δ')
-        ax.grid(alpha=0.3)
-        ax.tick_params(labelsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=9, frameon=False,
-                  title='mean over the tokens, and their 10th to 90th percentile', title_fontsize=9)
-    axes[-1].set_xlabel('inner channel')
-    return figure
+def plot_tokens(name: str, pixels: np.ndarray, chosen: Dict[Mixer, np.ndarray]):
+    """Step sizes over the image: one logarithmic scale for all, so that mixers and directions compare."""
+    from matplotlib.colors import LogNorm
+    every = np.concatenate([m.ravel() for m in chosen.values()])
+    return _maps(f'{name}: step size Δ of each token, mean over the inner channels', pixels, chosen, _MAP_DIRECTIONS,
+                 LogNorm(every.min(), every.max()), 'Δ')
+
+
+def plot_attention(name: str, pixels: np.ndarray, chosen: Dict[Mixer, np.ndarray],
+                   places: Dict[Mixer, Tuple[float, float]]):
+    """What each token adds at the cross, by direction and in all: shares of the mixer's largest, logarithmic."""
+    from matplotlib.colors import LogNorm
+    rows = {}
+    for mixer, maps in chosen.items():
+        maps = np.concatenate([maps, maps.sum(0, keepdims=True)])
+        rows[mixer] = (maps / max(maps.max(), np.finfo(float).tiny)).clip(1e-4, 1)
+    return _maps(f'{name}: what each token adds to the scans at the cross', pixels, rows,
+                 [*_MAP_DIRECTIONS, 'all four'], LogNorm(1e-4, 1), "share of the mixer's largest", places)
 
 
 def plot_averages(name: str, model: torch.nn.Module, matrices: Sequence[np.ndarray]):
@@ -266,33 +291,36 @@ def plot_averages(name: str, model: torch.nn.Module, matrices: Sequence[np.ndarr
     return figure
 
 
-def plot_receptive_fields(name: str, pixels: np.ndarray, fields: Sequence[ReceptiveField]):
-    """The image and a logarithmic map per stage, with the square that holds half of the sum."""
+def plot_receptive_fields(name: str, pixels: np.ndarray, rows: Dict[str, Sequence[ReceptiveField]], count: int = 1):
+    """A row for each network and a logarithmic map per stage, with the square that holds half of the sum."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
     height, width = pixels.shape[:2]
-    figure = _figure(2.3 * (len(fields) + 1) + 0.9, 2.2 * height / width + 1.1,
-                     f"{name}: effective receptive field of the centre of each stage's output")
-    axes = figure.subplots(1, len(fields) + 1)
-    _picture(axes[0], pixels, f'\nimage, {width} × {height} px')
-    for i, (ax, field) in enumerate(zip(axes[1:], fields)):
-        share = field.norm / max(field.norm.max(), np.finfo(float).tiny)
-        shown = ax.imshow(share.clip(1e-4, 1), norm=LogNorm(1e-4, 1), cmap='inferno', interpolation='nearest')
-        ax.set_title(f'stage {i + 1}\n50 % in {field.sides[0]} px, 90 % in {field.sides[1]} px', fontsize=9)
-        ax.set_xticks([])
-        ax.set_yticks([])
-        y, x = field.center
-        ax.add_patch(Rectangle((x - 0.5 - field.sides[0] / 2, y - 0.5 - field.sides[0] / 2), field.sides[0],
-                               field.sides[0], fill=False, edgecolor='cyan', linewidth=1))
-        ax.set_xlim(-0.5, width - 0.5)
-        ax.set_ylim(height - 0.5, -0.5)
-    figure.colorbar(shown, ax=list(axes[1:]), label='|∂ features / ∂ pixel| / largest', shrink=0.9, pad=0.01)
+    columns = len(next(iter(rows.values())))
+    figure = _figure(2.3 * (columns + 1) + 0.9, (2.2 * height / width + 0.5) * len(rows) + 0.6,
+                     f"{name}: effective receptive field of the centre of each stage's output"
+                     + (f', mean of {count} images' if count > 1 else ''))
+    axes = figure.subplots(len(rows), columns + 1, squeeze=False)
+    for i, (line, (label, fields)) in enumerate(zip(axes, rows.items())):
+        _picture(line[0], pixels, f'{"first " if count > 1 else ""}image, {width} × {height} px' if i == 0 else '')
+        line[0].set_ylabel(label, fontsize=9)
+        for stage, (ax, field) in enumerate(zip(line[1:], fields)):
+            share = field.norm / max(field.norm.max(), np.finfo(float).tiny)
+            shown = ax.imshow(share.clip(1e-4, 1), norm=LogNorm(1e-4, 1), cmap='inferno', interpolation='nearest')
+            ax.set_title(f'stage {stage + 1}\n50 % in {field.sides[0]} px, 90 % in {field.sides[1]} px', fontsize=9)
+            ax.set(xticks=[], yticks=[])
+            y, x = field.center
+            ax.add_patch(Rectangle((x - 0.5 - field.sides[0] / 2, y - 0.5 - field.sides[0] / 2), field.sides[0],
+                                   field.sides[0], fill=False, edgecolor='cyan', linewidth=1))
+            ax.set_xlim(-0.5, width - 0.5)
+            ax.set_ylim(height - 0.5, -0.5)
+    figure.colorbar(shown, ax=list(axes[:, 1:].flat), label='|∂ features / ∂ pixel| / largest', shrink=0.9, pad=0.01)
     return figure
 
 
 # ------------------------------------------------------------------------------------------------------------- tool
 
-def choose(measured: Dict[Mixer, np.ndarray], index: int) -> Dict[Mixer, np.ndarray]:
+def choose(measured: Dict[Mixer, Any], index: int) -> Dict[Mixer, Any]:
     """The `index`-th mixer of each stage, negative from the last; stages that have no such mixer are left out."""
     stages: Dict[int, List[Mixer]] = defaultdict(list)
     for mixer in sorted(measured):
@@ -303,27 +331,34 @@ def choose(measured: Dict[Mixer, np.ndarray], index: int) -> Dict[Mixer, np.ndar
 def get_parser() -> argparse.ArgumentParser:
     description, epilog = __doc__.split('\n\n')[0], __doc__.strip().rsplit('\n\n', 1)[-1]
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=common.HelpFormatter)
-    parser.add_argument('image', nargs='?', default=str(_CHELSEA), metavar='IMAGE',
-                        help='picture file or http(s) URL (default: the cat in tools/assets)')
+    parser.add_argument('images', nargs='*', default=[str(_CHELSEA)], metavar='IMAGE',
+                        help='picture files or http(s) URLs (default: the cat in tools/assets); of several, the '
+                             'receptive field is the mean, and the first is shown')
     common.add_model_arguments(parser)
     parser.add_argument('--random-weights', action='store_true',
                         help='look at the model as it is initialised, instead of pretrained weights')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights')
+    parser.add_argument('--seed', type=int, default=0, metavar='N',
+                        help='of random weights, and of those beside which the receptive field is shown')
     parser.add_argument('--device', metavar='NAME', help="cuda, cpu, … (default: the machine's accelerator, else cpu)")
     g = parser.add_argument_group('output')
     g.add_argument('-o', '--out', default='inspect_output', metavar='DIR', help='folder of the pictures')
+    g.add_argument('--format', choices=('png', 'pdf', 'svg'), default='png', help='of the pictures')
+    g.add_argument('--title', metavar='TEXT', help="in place of the pictures' titles; '' for none")
     g.add_argument('--mixer', type=int, default=-1, metavar='N',
-                   help='which token mixer, and which channel mixer, of each stage is shown: 0 the first, -1 the last')
+                   help='which token mixer of each stage is shown: 0 the first, -1 the last')
+    g.add_argument('--place', type=float, nargs=2, default=(0.5, 0.5), metavar=('Y', 'X'),
+                   help="whose attention is shown, in parts of the image's height and width")
     g.add_argument('--json', action='store_true', help='print what the pictures show as JSON')
     g.add_argument('--timeout', type=float, default=20, metavar='S', help='seconds to wait for a URL')
     return parser
 
 
-def load(args: argparse.Namespace) -> torch.nn.Module:
+def load(args: argparse.Namespace, random: bool = False) -> torch.nn.Module:
+    """The model of the options; with `random` as it is initialised."""
     from vim2.models import VisionMambaMixer
-    if args.random_weights:
-        if args.checkpoint:
-            raise UserError('--random-weights and --checkpoint exclude each other')
+    if args.random_weights and args.checkpoint:
+        raise UserError('--random-weights and --checkpoint exclude each other')
+    if args.random_weights or random:
         torch.manual_seed(args.seed)
         kwargs = dict(args.model_kwargs, **({} if args.num_classes is None else {'num_classes': args.num_classes}))
         model = common.create_model(args.model, pretrained=False, **kwargs)
@@ -340,60 +375,76 @@ def main() -> None:
     device = common.check_device(args.device or common.default_device())
     common.image_size(args.img_size)
     common.register_models()
-    try:
-        picture = read_picture(args.image, args.timeout)
-    except Unreadable as e:
-        raise UserError(f'{args.image}: {e}') from None
+    pictures = []
+    for source in args.images:
+        try:
+            pictures.append(read_picture(source, args.timeout))
+        except Unreadable as e:
+            raise UserError(f'{source}: {e}') from None
     model = load(args).to(device)
     config = common.data_config(args, model)
-    image = create_transform(
+    transform = create_transform(
         config['input_size'], is_training=False, interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])(picture).unsqueeze(0)
+        std=config['std'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
+    images = torch.stack([transform(picture) for picture in pictures])
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
-    pixels = (image[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    image = image.to(device)
+    pixels = (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    images = images.to(device)
 
-    selected = selection(model, image)
-    tokens, channels = choose(selected.tokens, args.mixer), choose(selected.channels, args.mixer)
+    scans = token_scans(model, images[:1])
+    chosen = choose(scans, args.mixer)
+    attended, places = {}, {}
+    for mixer, scan in chosen.items():
+        size = scan.steps.shape[-2:]
+        y, x = (min(int(n * part), n - 1) for n, part in zip(size, args.place))
+        attended[mixer] = attention(scan, y, x)
+        places[mixer] = tuple((at + 0.5) * total / n for at, total, n in zip((y, x), pixels.shape[:2], size))
     matrices = average_matrices(model)
-    fields = receptive_fields(model, image)
+    fields = {'random weights' if args.random_weights else 'trained': receptive_fields(model, images)}
+    if not args.random_weights:
+        fields['random weights'] = receptive_fields(load(args, random=True).to(device), images)
 
     name = args.model + (', random weights' if args.random_weights else '')
     figures, missing = {}, []
     for file, what, present, plot in (
-            ('token_step_sizes', 'selective token mixer', tokens, lambda: plot_tokens(name, pixels, tokens)),
-            ('channel_step_sizes', 'selective channel mixer', channels, lambda: plot_channels(name, channels)),
+            ('token_step_sizes', 'selective token mixer', chosen,
+             lambda: plot_tokens(name, pixels, {m: mean_steps(scan) for m, scan in chosen.items()})),
+            ('token_attention', 'selective token mixer', chosen,
+             lambda: plot_attention(name, pixels, attended, places)),
             ('averages', 'weighted average', any(m.size for m in matrices),
              lambda: plot_averages(name, model, matrices)),
-            ('receptive_field', '', True, lambda: plot_receptive_fields(name, pixels, fields))):
+            ('receptive_field', '', True, lambda: plot_receptive_fields(name, pixels, fields, len(images)))):
         if present:
             figures[file] = plot()
+            if args.title is not None:
+                figures[file].suptitle(args.title, fontsize=11)
         else:
-            missing.append(f'no picture {file}.png: the model has no {what}'
+            missing.append(f'no picture {file}.{args.format}: the model has no {what}'
                            + (f' {args.mixer} in any stage' if 'mixer' in what and args.mixer not in (0, -1) else ''))
 
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, figure in figures.items():
-            common.write_atomic(out / f'{file}.png', lambda tmp, f=figure: f.savefig(tmp, format='png'))
+            common.write_atomic(out / f'{file}.{args.format}', lambda tmp, f=figure: f.savefig(tmp, format=args.format))
     except OSError as e:
         raise UserError(f'cannot write to {out}: {common.one_line(e)}') from None
 
     if args.json:
+        trained, *others = fields.values()
         common.print_json(dict(
-            model=args.model, checkpoint=args.checkpoint, random_weights=args.random_weights, image=args.image,
+            model=args.model, checkpoint=args.checkpoint, random_weights=args.random_weights, images=args.images,
             img_size=list(config['input_size'][-2:]),
-            pictures=[str(out / f'{file}.png') for file in figures], missing=missing,
-            token_step_sizes=[dict(stage=m.stage, mixer=m.block, mean=v.mean((1, 2)).tolist())
-                              for m, v in sorted(selected.tokens.items())],
-            channel_step_sizes=[dict(stage=m.stage, mixer=m.block, mean=v[:, 0].mean(1).tolist())
-                                for m, v in sorted(selected.channels.items())],
+            pictures=[str(out / f'{file}.{args.format}') for file in figures], missing=missing,
+            token_step_sizes=[dict(stage=m.stage, mixer=m.block, mean=mean_steps(scan).mean((1, 2)).tolist())
+                              for m, scan in sorted(scans.items())],
             averages=[[[w for w in row.tolist() if w == w] for row in m] for m in matrices],
-            receptive_field=[dict(stage=i, half=f.sides[0], nine_tenths=f.sides[1]) for i, f in enumerate(fields)]))
+            receptive_field=[dict(stage=i, half=f.sides[0], nine_tenths=f.sides[1], **(
+                dict(random_half=others[0][i].sides[0], random_nine_tenths=others[0][i].sides[1]) if others else {}))
+                             for i, f in enumerate(trained)]))
         return
     for file in figures:
-        print(out / f'{file}.png')
+        print(out / f'{file}.{args.format}')
     for line in missing:
         print(line)
 

@@ -8,7 +8,7 @@
     python tools/push_to_hub.py work_dirs/RUN/epoch_12.pth --repo ORG/NAME
 
 CHECKPOINT is a run folder or a .pth.tar file of tools/train.py, a run folder of tools/forecast.py, a checkpoint of
-MMDetection, MMSegmentation or MMPretrain (the ViM2 backbone is taken out of it), a folder with config.json and
+MMDetection or MMSegmentation (the backbone is taken out of it), a folder with config.json and
 model.safetensors, or, with --model, any file of a timm model's weights. Results in the card are measured when it is
 written, by the code of tools/validate.py or tools/forecast.py on the data that the options name; without data the card
 says that nothing was measured. Nothing is pushed unless the written folder gives, loaded anew, bit for bit what the
@@ -25,12 +25,10 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import numpy as np
 import torch
 
 import _common as common
@@ -50,7 +48,8 @@ _CITATION = '''@article{behrouz2024mambamixer,
 # Options of training that say where something is, or how fast, but not what is computed.
 _NOT_IN_COMMAND = {'config', 'resume', 'resume_with_changes', 'output', 'experiment', 'workers', 'pin_memory', 'device',
                    'cache_images', 'log_interval', 'no_progress', 'dist_backend', 'dist_url',
-                   'checkpoint_interval_steps', 'val_batch_size', 'dataset_download', 'torchcompile'}
+                   'checkpoint_interval_steps', 'val_batch_size', 'dataset_download', 'torchcompile', 'tensorboard',
+                   'wandb'}
 
 
 @dataclass
@@ -62,6 +61,9 @@ class Source:
     training: Dict[str, Any] = field(default_factory=dict)  # its options
     notes: List[str] = field(default_factory=list)  # sentences for the card
     forecaster: Optional[Dict[str, Any]] = None  # of a TSM2: forecaster.json, {} without one
+    data: Optional[str] = None  # the name of the data, where the checkpoint tells it
+    base_model: Optional[str] = None  # what it was fine-tuned from: of the Hub, or a name of timm
+    results: Dict[str, float] = field(default_factory=dict)  # what its own evaluation measured, in percent
 
     @property
     def architecture(self) -> str:
@@ -99,47 +101,13 @@ def read_source(args: argparse.Namespace) -> Source:
     return Source(model)
 
 
-class _Ignored:
-    """Takes the place of an object in a checkpoint that is of no use here; nothing of it is run."""
-
-    def __setstate__(self, state) -> None:
-        pass
-
-
-def _ignored(*args) -> None:
-    """Takes the place of a function in a checkpoint."""
-
-
 def read_pickle(path: Path) -> dict:
     """A checkpoint, read with weights_only=True: nothing in the file is executed."""
-    from numpy._core import multiarray
-
-    from vim2 import _files
-    with_dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    # mmengine's log of losses: its class and the methods that it names are replaced by nothing
-    safe = [argparse.Namespace, np.ndarray, np.dtype, *with_dtypes,
-            *((getattr(multiarray, f), f'{m}.multiarray.{f}') for f in ('_reconstruct', 'scalar')
-              for m in ('numpy.core', 'numpy._core')),
-            (_Ignored, 'mmengine.logging.history_buffer.HistoryBuffer'), (_ignored, 'builtins.getattr'),
-            (OrderedDict, 'mmengine.config.config.ConfigDict')]
+    from vim2 import pretrained
     try:
-        with torch.serialization.safe_globals(safe):
-            _files.check_torch(path)
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except _files.Damaged as e:
-        raise UserError(f'cannot read the checkpoint {path}: it is damaged: {e}') from None
-    except common._LOAD_ERRORS as e:
-        try:
-            with torch.serialization.safe_globals(safe):
-                code = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
-        except Exception:  # no zip file, or a damaged one
-            code = []
-        if code:
-            raise UserError(f'{path} holds Python objects that could execute code when they are read, so it is refused '
-                            f'({", ".join(code[:4])}). Where you trust it, save its weights alone: '
-                            "torch.save({'state_dict': …, 'meta': {}}, FILE), and pass --model") from None
-        raise UserError(f'cannot read the checkpoint {path}: damaged, truncated or not a checkpoint '
-                        f'({common.one_line(e, 200)})') from None
+        checkpoint = pretrained.read_torch(path)
+    except (RuntimeError, OSError) as e:
+        raise UserError(f'cannot read the checkpoint: {common.one_line(e)}') from None
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} holds a {type(checkpoint).__name__}, no checkpoint')
     return checkpoint
@@ -247,78 +215,157 @@ def _is_other_timm(config: dict) -> bool:
 
 
 def _read_openmmlab(path: Path, checkpoint: dict, args: argparse.Namespace) -> Source:
-    """The backbone of a detector, segmenter or classifier, as a model without classifier."""
+    """The backbone of a detector or segmenter, as a model without classifier."""
     prefix = 'backbone.net.'
     state = {k[len(prefix):]: v for k, v in checkpoint['state_dict'].items() if k.startswith(prefix)}
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, dict) else {}
-    config = meta.get('cfg')
-    name, kwargs = backbone_of(config) if isinstance(config, str) else (None, {})
+    text = meta['cfg'] if isinstance(meta.get('cfg'), str) else ''
+    config = read_config(text)
+    name, kwargs = backbone_of(config)
     if args.model and name and args.model.partition('.')[0] != name:
         raise UserError(f'{path} was trained with {name}, not {args.model}')
     name = args.model or name
     if not name:
-        raise UserError(f'{path} does not say which ViM2 its backbone is: pass --model NAME')
+        raise UserError(f'{path} does not say which model its backbone is: pass --model NAME')
     name = name.partition('.')[0]
     kwargs = {**kwargs, **args.model_kwargs, 'num_classes': 0}
     model = common.create_model(name, **kwargs)
-    if not hasattr(model, 'stages'):
-        raise UserError(f'{path} holds the backbone of an OpenMMLab model, which {name} is not: it is no ViM2')
-    stages = {k.split('.')[1] for k in state if k.startswith('stages.')}
-    if len(stages) < len(model.stages):
-        raise UserError(f'{path} holds {len(stages)} of the {len(model.stages)} stages of {name}: its out_indices left '
-                        'out the last ones, so it is no whole backbone')
+    part = 'blocks' if hasattr(model, 'blocks') else 'stages'
+    if not _is_ours(name):
+        raise UserError(f'{path} holds the backbone of an OpenMMLab model, which {name} is not')
+    given = {k.split('.')[1] for k in state if k.startswith(f'{part}.')}
+    if len(given) < len(getattr(model, part)):
+        raise UserError(f'{path} holds {len(given)} of the {len(getattr(model, part))} {part} of {name}: its '
+                        'out_indices left out the last ones, so it is no whole backbone')
     common.load_state(model, state, str(path), name)
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('label_names', 'file', 'tag')}
+    model.pretrained_cfg.update(preprocessing_of(config, model.pretrained_cfg['input_size'], path))
+    common.data_config(argparse.Namespace(img_size=None), model)  # refuses what is none
     how = f'The backbone of a model trained with {framework_of(config)}'
-    length = [f'{meta[key]:,} {unit}' for key, unit in (('epoch', 'epochs'), ('iter', 'iterations'))
-              if type(meta.get(key)) is int]
-    how += f', {length[0]}.' if length else '.'
-    notes = [how, 'It has no classifier; the final norm after the last stage was not trained (detectors and segmenters '
-             'have norms of their own).']
-    return Source(model.eval(), notes=notes)
+    length = [(meta[key], unit) for key, unit in (('epoch', 'epochs'), ('iter', 'iterations'))
+              if type(meta.get(key)) is int and meta[key] > 0]
+    how += f', {length[0][0]:,} {length[0][1]}' if length else ''
+    base = _get(config, 'model', 'backbone', 'init_cfg', 'checkpoint')
+    local = isinstance(base, str) and not base.startswith(('hf-hub:', 'hf_hub:')) and (
+        base.startswith('local-dir:') or os.sep in base or _get(config, 'model', 'backbone', 'init_cfg', 'prefix'))
+    if isinstance(base, str):
+        shown = os.path.basename(base.removeprefix('local-dir:').rstrip('/')) if local else base
+        how += f', from `{shown.removeprefix("hf-hub:")}`'
+    notes = [how + '.', 'It has no classifier; the final norm after the last stage was not trained (detectors and '
+             'segmenters have norms of their own).']
+    return Source(model.eval(), notes=notes, data=data_of(config), base_model=None if local else base,
+                  results=logged_results(path, [n for n, _ in length]))
 
 
-def backbone_of(config: str) -> Tuple[Optional[str], Dict[str, Any]]:
-    """Name and arguments of the ViM2 in the text of an OpenMMLab configuration; it is parsed, never run."""
+def read_config(text: str) -> Dict[str, Any]:
+    """The assignments of an OpenMMLab configuration, as mmengine writes it; it is parsed, never run."""
     try:
-        tree = ast.parse(config)
+        body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None, {}
-    for node in ast.walk(tree):
-        pairs = {}
-        if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'dict':
-            pairs = {k.arg: k.value for k in node.keywords if k.arg}
-        elif isinstance(node, ast.Dict):
-            pairs = {k.value: v for k, v in zip(node.keys, node.values) if isinstance(k, ast.Constant)}
-        kind = pairs.get('type')
-        if not (isinstance(kind, ast.Constant) and str(kind.value).rpartition('.')[2] == 'ViM2'):
-            continue
-        name = pairs['model_name'].value if isinstance(pairs.get('model_name'), ast.Constant) else 'vim2_tiny'
-        name = str(name)
-        kwargs = _literal_dict(pairs['model_kwargs']) if 'model_kwargs' in pairs else {}
-        channels = pairs.get('in_channels')
-        if isinstance(channels, ast.Constant) and channels.value != 3:
-            kwargs['in_chans'] = channels.value
-        return name.partition('.')[0], kwargs
-    return None, {}
-
-
-def _literal_dict(node: ast.AST) -> Dict[str, Any]:
-    """The value of `dict(a=1)` or `{'a': 1}`."""
-    try:
-        if isinstance(node, ast.Call):
-            return {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
-        return dict(ast.literal_eval(node) or {})
-    except ValueError:
         return {}
+    return {node.targets[0].id: _value(node.value) for node in body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
 
 
-def framework_of(config: Optional[str]) -> str:
-    for scope, name in (('mmdet', 'MMDetection'), ('mmseg', 'MMSegmentation'), ('mmpretrain', 'MMPretrain')):
-        if config and re.search(rf"default_scope\s*=\s*'{scope}'", config):
-            return name
-    return 'OpenMMLab'
+def _value(node: ast.AST) -> Any:
+    """The value of an expression of literals, lists and `dict(a=1)`; None for everything else."""
+    if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'dict':
+        return {k.arg: _value(k.value) for k in node.keywords if k.arg}
+    if isinstance(node, ast.Dict):
+        return {_value(k): _value(v) for k, v in zip(node.keys, node.values)
+                if isinstance(k, ast.Constant)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(v) for v in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def _get(config: Any, *keys: str) -> Any:
+    """A value in nested dicts, None where there is none."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def backbone_of(config: Dict[str, Any]) -> Tuple[Optional[str], Dict[str, Any]]:
+    """Name and arguments of the backbone of this package in an OpenMMLab configuration."""
+    backbone = _get(config, 'model', 'backbone')
+    if str(_get(backbone, 'type')).rpartition('.')[2] not in ('ViM2', 'MambaBackbone'):
+        return None, {}
+    kwargs = dict(_get(backbone, 'model_kwargs') or {})
+    if backbone.get('in_channels', 3) != 3:
+        kwargs['in_chans'] = backbone['in_channels']
+    return str(backbone.get('model_name') or 'vim2_tiny').partition('.')[0], kwargs
+
+
+def preprocessing_of(config: Dict[str, Any], input_size: Any, path: Path) -> Dict[str, Any]:
+    """timm's mean, std, size of what the network was trained on: the configuration's data_preprocessor."""
+    found = _get(config, 'model', 'data_preprocessor') or _get(config, 'data_preprocessor')
+    if not isinstance(found, dict):
+        if config:
+            raise UserError(f'{path}: its configuration has no data_preprocessor, which says what the images are')
+        return {}
+    channels, size = input_size[0], found.get('size')
+    if channels == 3 and not found.get('bgr_to_rgb') and not found.get('rgb_to_bgr'):
+        raise UserError(f'{path}: its network reads images as BGR (data_preprocessor.bgr_to_rgb is off), which '
+                        'timm has no word for')
+    out: Dict[str, Any] = dict(interpolation='bilinear', crop_pct=1.)
+    for key, default in (('mean', 0.), ('std', 1.)):
+        values = found.get(key) or [default] * channels
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+            raise UserError(f'{path}: data_preprocessor.{key} is {common.one_line(repr(values), 80)}')
+        out[key] = tuple(round(v / 255, 6) for v in values)
+    if isinstance(size, list) and len(size) == 2 and all(type(v) is int for v in size):
+        out['input_size'] = (channels, *size)
+    return out
+
+
+# Data sets of mmdet and mmseg by their types, and their names.
+_DATA = {'CocoDataset': 'COCO 2017', 'LVISV1Dataset': 'LVIS v1', 'ADE20KDataset': 'ADE20K',
+         'CityscapesDataset': 'Cityscapes', 'CityScapesDataset': 'Cityscapes'}
+# Those of data, under terms that do not allow every use: the weights' licence is for whoever publishes them to choose.
+_RESTRICTED = ('ade20k', 'camvid', 'cityscapes', 'coco', 'imagenet', 'lvis', 'tiny-imagenet', 'tiny_imagenet')
+
+
+def data_of(config: Dict[str, Any]) -> Optional[str]:
+    """The name of the data that a configuration trains on, where it is known by its type and folder."""
+    dataset = _get(config, 'train_dataloader', 'dataset')
+    while isinstance(_get(dataset, 'dataset'), dict):
+        dataset = dataset['dataset']
+    root = str(_get(dataset, 'data_root') or '').rstrip('/')
+    folder = os.path.basename(root)
+    if 'camvid' in folder.lower():
+        return 'CamVid'
+    if _get(dataset, 'type') == 'CocoDataset' and folder != 'coco':
+        return None  # COCO's format, anybody's images
+    return _DATA.get(str(_get(dataset, 'type')))
+
+
+def logged_results(path: Path, lengths: List[int]) -> Dict[str, float]:
+    """What the run's evaluation logged for a checkpoint, in percent: mIoU or AP; none where there is no log of it."""
+    out: Dict[str, float] = {}
+    for log in sorted(path.parent.glob('*/vis_data/scalars.json')):
+        try:
+            rows = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+        except (OSError, ValueError):
+            continue
+        for row in rows:
+            if isinstance(row, dict) and row.get('step') in lengths:
+                for key, (_, scale) in _LOGGED.items():
+                    if isinstance(row.get(key), (int, float)):
+                        out[key] = round(row[key] * scale, 2)
+    return out
+
+
+# mmengine's names of metrics: how they are shown, and a factor that makes them percent
+_LOGGED = {'mIoU': ('mIoU', 1), 'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100)}
+
+
+def framework_of(config: Dict[str, Any]) -> str:
+    return {'mmdet': 'MMDetection', 'mmseg': 'MMSegmentation'}.get(config.get('default_scope'), 'OpenMMLab')
 
 
 def training_command(options: Dict[str, Any]) -> str:
@@ -458,9 +505,11 @@ def open_data(args: argparse.Namespace, source: Source):
 
 def data_name(args: argparse.Namespace, source: Source) -> Optional[str]:
     """What to call the data: as the user says, or as the name of the data set says."""
-    for name in (args.data_name, source.training.get('dataset'), args.dataset):
-        if name and (name is args.data_name or '/' in name):
-            return name if name is args.data_name else name.partition('/')[2]  # torch/cifar10, hfds/USER/NAME
+    if args.data_name or source.data:
+        return args.data_name or source.data
+    for name in (source.training.get('dataset'), args.dataset):
+        if name and '/' in name:
+            return name.partition('/')[2]  # torch/cifar10, hfds/USER/NAME
     return None  # npz files and folders have no name
 
 
@@ -477,6 +526,8 @@ def make_card(args: argparse.Namespace, source: Source, folder: Path, result: Op
     metadata = ModelCardData(
         license=args.license, library_name=library, pipeline_tag=source.task, tags=list(dict.fromkeys(tags)),
         model_name=name if results else None, eval_results=results,
+        base_model=source.base_model.removeprefix('hf-hub:').partition('@')[0]
+        if source.base_model and source.base_model.startswith('hf-hub:') else None,
         datasets=[trained_on] if trained_on and _slug(trained_on) == trained_on else None)
     lines = [f'# {name}', '', _introduction(source, trained_on), '', '## Model', '',
              *(f'- **{k}:** {v}' for k, v in _facts(args, source)),
@@ -508,6 +559,7 @@ _METRICS = {
 def _facts(args: argparse.Namespace, source: Source) -> List[Tuple[str, str]]:
     model = source.model
     rows = [('Architecture', f'`{source.architecture}`'),
+            *([('Fine-tuned from', f'`{source.base_model.removeprefix("hf-hub:")}`')] if source.base_model else []),
             ('Parameters', f'{common.count_parameters(model) / 1e6:.2f} M')]
     if source.forecaster is not None:
         columns = source.forecaster.get('columns')
@@ -562,6 +614,12 @@ def _introduction(source: Source, trained_on: Optional[str]) -> str:
 
 def _results(args: argparse.Namespace, source: Source, trained_on: Optional[str],
              result: Optional[Dict[str, Any]]) -> List[str]:
+    if source.results:
+        names, values = [_LOGGED[k][0] for k in source.results], [f'{v:.2f}' for v in source.results.values()]
+        return [f'| data | {" | ".join(names)} |', '|---|' + '---|' * len(names),
+                f'| {trained_on or "its own"}, validation | {" | ".join(values)} |', '',
+                'In percent, of the whole detector or segmenter, as its training logged them; nothing was measured '
+                'when this card was written.']
     if result is None:
         return ['No metric was measured when this card was written.']
     if source.forecaster is not None:
@@ -706,6 +764,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_license(args: argparse.Namespace, source: Source) -> None:
     if args.license is None:
+        data = data_name(args, source) or ''
+        if data.lower().startswith(_RESTRICTED):
+            raise UserError(f'{args.checkpoint} was trained on {data}, whose terms do not allow every use: pass '
+                            '--license, the licence under which you publish the weights, such as cc-by-nc-4.0')
         args.license = getattr(source.model, 'pretrained_cfg', {}).get('license')
         if source.forecaster is not None:
             args.license = source.model._hub_mixin_info.model_card_data.license

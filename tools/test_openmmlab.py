@@ -7,6 +7,7 @@
 import argparse
 import functools
 import json
+import os
 from typing import Any, Dict
 
 import _common as common
@@ -18,7 +19,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = _openmmlab.get_parser(__doc__.splitlines()[0], 'name of a config of this package, or path of any')
     parser.add_argument('checkpoint', nargs='?', help='weights that training saved (.pth)')
     parser.add_argument('--tta', action='store_true',
-                        help="test-time augmentation, the config's tta_model and tta_pipeline: several scales, flipped")
+                        help="test-time augmentation, the config's tta_model and tta_pipeline: several scales, each "
+                             'flipped too; of detectors boxes only')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures of predictions into DIR of the work dir')
     parser.add_argument('--complexity', nargs=2, type=int, metavar=('H', 'W'),
                         help="no test: the model's parameters and its FLOPs for one image of this size, by mmengine")
@@ -36,6 +38,10 @@ def set_tta(cfg, config: str) -> None:
         dataset = dataset.dataset
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    if cfg.tta_model.type.rpartition('.')[2] == 'DetTTAModel':  # it merges boxes, and refuses masks
+        cfg.test_evaluator.metric = 'bbox'
+        if 'mask_head' in cfg.model.module.get('roi_head', {}):
+            cfg.model.module.roi_head.update(mask_head=None, mask_roi_extractor=None)
 
 
 def set_pictures(cfg, config: str, folder: str) -> None:
@@ -43,6 +49,7 @@ def set_pictures(cfg, config: str, folder: str) -> None:
     if hook is None:
         raise UserError(f'--show-dir: {config} has no default_hooks.visualization')
     hook.draw = True
+    folder = os.path.abspath(os.path.join(cfg.work_dir, folder))
     if cfg.get('default_scope') == 'mmdet':
         hook.test_out_dir = folder
     else:  # mmseg draws into the visualizer's folder
@@ -86,12 +93,13 @@ def main() -> None:
     if 'test_dataloader' not in cfg:
         raise UserError(f'{args.config} has no test_dataloader: it is no config to test with')
     _openmmlab.check_checkpoint(args.checkpoint)
+    _openmmlab.check_data(cfg, 'test')
     cfg.load_from = args.checkpoint
     if args.tta:
         set_tta(cfg, args.config)
     if args.show_dir:
         set_pictures(cfg, args.config, args.show_dir)
-    metrics = _openmmlab.execute(_openmmlab.build_runner(cfg).test)
+    metrics = _openmmlab.execute(_openmmlab.build_runner(cfg).test, _openmmlab.data_roots(cfg, 'test'))
     if args.json:
         print(json.dumps({k: float(v) for k, v in metrics.items()}))
 

@@ -59,7 +59,7 @@ _FORMAT = 1
 _FREE_ON_RESUME = {
     'config', 'resume', 'resume_with_changes', 'output', 'experiment', 'data_dir', 'dataset_download', 'workers',
     'pin_memory', 'cache_images', 'device', 'log_interval', 'checkpoint_interval_steps', 'val_batch_size',
-    'no_progress', 'initial_checkpoint', 'pretrained', 'dist_backend', 'dist_url',
+    'no_progress', 'initial_checkpoint', 'pretrained', 'dist_backend', 'dist_url', 'tensorboard', 'wandb',
 }
 
 
@@ -198,6 +198,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--log-interval', type=float, default=60, metavar='S',
                    help='seconds between progress lines where there is no terminal')
     g.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal either')
+    common.add_logging_arguments(g)
     return parser
 
 
@@ -822,6 +823,7 @@ class Trainer:
             if args.resume:
                 self.run.adopt(args.resume)
                 lost = self.run.restore_best(p)
+        self.scalars = common.Scalars(args, self.run.folder, active=self.primary)
         if self.distributed:
             dist.barrier()
         height, width = self.data_config['input_size'][-2:]
@@ -851,6 +853,7 @@ class Trainer:
                 what = (f'the {p.best_kind} of epoch {p.best_epoch}, the best that were evaluated: '
                         f'{args.eval_metric} {p.best_metric:.3f}')
             self.log(f'done. Exported to {folder}: {what}')
+        self.scalars.close()
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
@@ -1089,7 +1092,9 @@ class Trainer:
                  f'{common.duration(train["seconds"])}, about '
                  f'{common.duration(p.train_seconds / (epoch + 1) * (self.epochs - epoch - 1))} left')
         if self.primary:
-            self.run.append_summary(dict(epoch=epoch, train_loss=train['loss'], **row, lr=lr))
+            row = dict(train_loss=train['loss'], **row, lr=lr)
+            self.run.append_summary(dict(epoch=epoch, **row))
+            self.scalars.log(epoch, row)
         p.epoch, p.batch, p.loss_sum, p.samples = epoch + 1, 0, 0., 0
         if self.scheduler is not None:
             self.scheduler.step(p.epoch, metric)

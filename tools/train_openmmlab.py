@@ -22,6 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
                              'bfloat16)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help="scale the learning rate with the batch size, from the config's base_batch_size")
+    common.add_logging_arguments(parser)
     return parser
 
 
@@ -50,12 +51,15 @@ def main() -> None:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
+    _openmmlab.add_backends(cfg, args)
+    parts = ('train', 'val') if cfg.get('val_cfg') else ('train',)
+    _openmmlab.check_data(cfg, *parts)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
         _openmmlab.check_checkpoint(cfg.load_from)
-    _openmmlab.execute(_openmmlab.build_runner(cfg).train)
+    _openmmlab.execute(_openmmlab.build_runner(cfg).train, _openmmlab.data_roots(cfg, *parts))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""ViM2, VMamba and Vim as backbones of OpenMMLab's frameworks: MMDetection, MMSegmentation, MMPretrain
+"""ViM2, VMamba and Vim as backbones of MMDetection and MMSegmentation
 
-Everything is registered at mmengine's root registries, which those of mmdet, mmseg and mmpretrain fall back to, so a
-config of any of them needs no more than
+Everything is registered at mmengine's root registries, which those of mmdet and mmseg (and any other's of mmengine)
+fall back to, so a config of any of them needs no more than
 
     custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
     model = dict(backbone=dict(type='MambaBackbone', model_name='vmamba_tiny_s1l8', drop_path_rate=0.2))
@@ -9,7 +9,7 @@ config of any of them needs no more than
 The type has the name ViM2 as well, and the constructor of optimizers ViM2OptimWrapperConstructor, of the time when
 there were no other families.
 
-Needs mmengine, which `pip install vim2[openmmlab]` and tools/install_openmmlab.py install.
+Needs mmengine, which `pip install vim2[openmmlab]` and `python -m vim2.install_openmmlab` install.
 
 Copyright 2025 the vim2 authors. Licensed under the Apache License 2.0.
 """
@@ -24,8 +24,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Un
 try:
     from mmengine.analysis import complexity_analysis
     from mmengine.analysis.jit_handles import get_shape
-    from mmengine.config import Config
+    from mmengine.config import Config, ConfigDict
     from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.logging import print_log
     from mmengine.model import BaseModule
     from mmengine.model.weight_init import update_init_info
     from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -35,16 +36,17 @@ try:
 except ModuleNotFoundError as e:
     if e.name != 'mmengine':
         raise
-    raise ModuleNotFoundError("vim2.openmmlab needs mmengine: `pip install 'vim2[openmmlab]'`, then "
-                              'tools/install_openmmlab.py for mmcv with its compiled operators', name=e.name) from None
+    raise ModuleNotFoundError("vim2.openmmlab needs mmengine: `pip install 'vim2[openmmlab]'`, then `python -m "
+                              'vim2.install_openmmlab` for mmcv with its compiled operators', name=e.name) from None
 import timm
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, resample_patch_embed
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import vim2
+from vim2 import pretrained
 from vim2.layers import upgrade_state_dict
 from vim2.models import Vim, VisionMambaMixer, VMamba, model_names
 from vim2.models.loading import key_problems
@@ -59,7 +61,8 @@ class MambaBackbone(BaseModule):
     """A model of this package as a backbone: images (B, C, H, W) to a tuple of maps (B, C_i, H_i, W_i), one per level.
 
     `net` is the timm model without its classifier (and without the stages after the last level), under timm's names;
-    `norms` are the norms of the levels.
+    `norms` are the norms of the levels, `out_channels` their channels. A level that nothing reads costs nothing but its
+    norm, whose gradient is then zero.
 
     - ViM2 and VMamba: images of any size; the maps' strides are 4, 8, 16 and 32 with a stem of stride 4, and their
       sizes are rounded up.
@@ -98,7 +101,10 @@ class MambaBackbone(BaseModule):
             init_cfg: `dict(type='Pretrained', checkpoint=SOURCE)` with SOURCE a timm name with its tag
                 ('vmamba_tiny_s1l8.in1k'), 'hf-hub:USER/NAME', 'local-dir:DIR', or a weights file: of tools/train.py, or
                 of VMamba's or Vim's code. They are loaded by timm, without their classifier; keys that do not match
-                are an error. Other types are mmengine's initialisers. Default: the model's own.
+                are an error. The weights of a stem of patches of another size are resampled (FlexiViT's, by timm), and
+                a line says so. With `prefix='backbone.'` SOURCE is the checkpoint of a whole detector or segmenter,
+                whose backbone is taken, with the norms of the levels that both have. Other types are mmengine's
+                initialisers. Default: the model's own.
 
         Raises:
             ValueError: unknown model, or out_indices or frozen_stages out of range.
@@ -106,7 +112,7 @@ class MambaBackbone(BaseModule):
         super().__init__(init_cfg)
         self.model_name = model_name
         self._net_kwargs = dict(model_kwargs or {}, in_chans=in_channels, drop_path_rate=drop_path_rate)
-        self.net = self._create(model_name, pretrained=False)
+        self.net = self._create(model_name, **self._net_kwargs)
         num_stages = len(self._stages(self.net))
         self.out_indices = tuple(out_indices)
         if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)) \
@@ -124,6 +130,7 @@ class MambaBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.norms = nn.ModuleDict({
             str(i): _build_norm(norm_cfg, self.net.feature_info[i]['num_chs']) for i in self.out_indices})
+        self.out_channels = tuple(self.net.feature_info[i]['num_chs'] for i in self.out_indices)
         self.net.norm.requires_grad_(False)
         self.net.set_grad_checkpointing(with_cp)
         self._freeze()
@@ -133,14 +140,15 @@ class MambaBackbone(BaseModule):
     def _stages(net: nn.Module) -> nn.Module:
         return net.blocks if isinstance(net, Vim) else net.stages
 
-    def _create(self, name: str, **kwargs: Any) -> nn.Module:
+    @staticmethod
+    def _create(name: str, **kwargs: Any) -> nn.Module:
         names = model_names()
         base = name.partition('.')[0]
         if ':' not in name and base not in names:
             close = difflib.get_close_matches(base, names, n=3) or names
             raise ValueError(f'unknown model {name!r}: write model_name={close[0]!r}'
                              + ''.join(f' or {other!r}' for other in close[1:]))
-        model = timm.create_model(name, num_classes=0, **{**self._net_kwargs, **kwargs})
+        model = timm.create_model(name, num_classes=0, **kwargs)
         if not isinstance(model, (VisionMambaMixer, VMamba, Vim)):
             raise ValueError(f'{name!r} is no ViM2, VMamba or Vim: it is a {type(model).__name__}')
         return model
@@ -153,37 +161,71 @@ class MambaBackbone(BaseModule):
             return super().init_weights()
         cfg = dict(pretrained[0])
         cfg.pop('type')
-        source = cfg.pop('checkpoint', None)
+        source, prefix = cfg.pop('checkpoint', None), cfg.pop('prefix', None)
         if len(cfgs) > 1 or not source or cfg:
             raise ValueError(f"init_cfg={self.init_cfg!r}: write init_cfg=dict(type='Pretrained', checkpoint=SOURCE), "
                              'with SOURCE a timm name with its tag, hf-hub:USER/NAME, local-dir:DIR or a weights file '
-                             "(a whole detector's or segmenter's weights are loaded by load_from)")
+                             "(with prefix='backbone.' of a detector or segmenter, all of whose weights are loaded "
+                             'by load_from)')
         if self._is_init:
             return None
-        self._load_pretrained(str(source))
+        if prefix is None:
+            self._load_net(self._read_classifier(str(source)), str(source))
+        else:
+            self._load_backbone(str(source), prefix)
         if hasattr(self, '_params_init_info'):  # of a model that lists how each parameter was initialised
             update_init_info(self, init_info=f'PretrainedInit: load from {source}')
         self._is_init = True
         return None
 
-    def _load_pretrained(self, source: str) -> None:
-        """All weights of `net`, from what `init_cfg` names. Raises RuntimeError that names keys that do not match."""
-        if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
-            loaded = self._create(source, pretrained=True)
-        elif source.partition('.')[0] in model_names() and not os.path.exists(source):
-            loaded = self._create(source, pretrained=True)
-        else:
-            overlay = dict(url=source) if source.startswith(('http://', 'https://')) else dict(file=source)
-            loaded = self._create(self.model_name, pretrained=True, pretrained_cfg_overlay=overlay)
-        given = loaded.state_dict()
-        have, want = (len(self._stages(net)) for net in (loaded, self.net))
-        if have > want:  # without the stages that no level needs
-            prefix = 'blocks' if isinstance(self.net, Vim) else 'stages'
-            unread = tuple(f'{prefix}.{i}.' for i in range(want, have))
-            unread += () if isinstance(self.net, Vim) else ('norm.',)
-            given = {k: v for k, v in given.items() if not k.startswith(unread)}
-        shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (self.net.state_dict(), given)]
-        problems = key_problems(*shapes)
+    def _read_classifier(self, source: str) -> Dict[str, Tensor]:
+        """The weights of a timm model, from what `init_cfg` names: its patches may be of another size than here."""
+        kwargs: Dict[str, Any] = {}
+        if source.startswith(('http://', 'https://')):
+            kwargs.update(pretrained_cfg_overlay=dict(url=source))
+        elif not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and (
+                source.partition('.')[0] not in model_names() or os.path.exists(source)):
+            kwargs.update(pretrained_cfg_overlay=dict(file=source))
+            stem = pretrained.read_checkpoint(source).get(_PATCHES) if os.path.isfile(source) else None
+            if stem is not None and _PATCHES in self.net.state_dict():
+                kwargs.update(patch_size=stem.shape[-1])
+        name = self.model_name if kwargs else source
+        own = {k: v for k, v in self._net_kwargs.items() if kwargs or k != 'patch_size'}
+        return self._create(name, **{**own, 'pretrained': True, **kwargs}).state_dict()
+
+    def _load_backbone(self, path: str, prefix: str) -> None:
+        """Weights of `net`, and of the norms of the levels that both have, from the checkpoint of a whole model.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RuntimeError: a damaged file, one with nothing under the prefix, or keys that do not match.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'init_cfg: there is no checkpoint {path}')
+        state, prefix = pretrained.read_checkpoint(path), prefix.rstrip('.') + '.'
+        given = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        if not given:
+            raise RuntimeError(f'{path} has no weights under prefix={prefix!r}; its keys begin with '
+                               + ', '.join(sorted({k.partition(".")[0] for k in state})))
+        _rename_published(self, given, '')
+        self._load_net({k[4:]: v for k, v in given.items() if k.startswith('net.')}, path)
+        own = self.norms.state_dict()
+        self.norms.load_state_dict({k: given.get(f'norms.{k}', v) for k, v in own.items()})
+
+    def _load_net(self, given: Dict[str, Tensor], source: str) -> None:
+        """All weights of `net`. Raises RuntimeError that names keys that do not match."""
+        own, part = self.net.state_dict(), 'blocks' if isinstance(self.net, Vim) else 'stages'
+        last = len(self._stages(self.net))
+        unread = [k for k in given if (m := re.match(rf'{part}\.(\d+)\.', k)) and int(m[1]) >= last]
+        if unread and part == 'stages':  # without the stages that no level needs, and the norm after them
+            unread += [k for k in given if k.startswith('norm.')]
+        given = {k: v for k, v in given.items() if k not in unread}
+        stem, want = given.get(_PATCHES), own.get(_PATCHES)
+        if stem is not None and want is not None and stem.shape[:2] == want.shape[:2] and stem.shape != want.shape:
+            given[_PATCHES] = resample_patch_embed(stem, list(want.shape[-2:]))
+            print_log(f'{source}: patches of {tuple(stem.shape[-2:])} pixels resampled to {tuple(want.shape[-2:])}',
+                      'current')
+        problems = key_problems(*({k: tuple(v.shape) for k, v in state.items()} for state in (own, given)))
         if problems:
             raise RuntimeError(f'{source} holds no weights of {self.model_name}; its keys do not match.\n  '
                                + '\n  '.join(problems))
@@ -194,7 +236,11 @@ class MambaBackbone(BaseModule):
                                               intermediates_only=True)
         # The maps are views of NHWC memory. mmcv's RoIAlign reads its input's memory as NCHW, and convolutions pass
         # such strides on to it.
-        return tuple(norm(x).contiguous() for norm, x in zip(self.norms.values(), maps))
+        outs = tuple(norm(x).contiguous() for norm, x in zip(self.norms.values(), maps))
+        norms = [p for p in self.norms.parameters() if p.requires_grad]
+        if not self.training or not torch.is_grad_enabled() or not norms:
+            return outs
+        return tuple(_WithZeroGradients.apply(x, *norms) for x in outs)
 
     def _frozen_modules(self) -> Iterator[nn.Module]:
         if self.frozen_stages >= 0:
@@ -224,6 +270,23 @@ class MambaBackbone(BaseModule):
 
 
 ViM2 = MambaBackbone
+_PATCHES = 'stem.conv.weight'  # of a stem of patches
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    """The first argument; the others get a gradient of zero, beside those that they have.
+
+    For the norms of levels that a neck does not read: DistributedDataParallel waits for every parameter's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.save_for_backward(*params)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return (grad, *map(torch.zeros_like, ctx.saved_tensors))
 
 
 def _rename_published(
@@ -265,13 +328,29 @@ class MambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Weights in the timm model's `no_weight_decay` (A_log, D, step sizes' biases, averaging scalars, norms, biases) and
     the levels' norms are not decayed, whatever `layer_decay` is.
 
-    Everything outside the backbone obeys the other keys of `paramwise_cfg`, which are mmengine's (`norm_decay_mult`,
-    `bias_decay_mult`, `custom_keys`, …) and do not act inside it.
+    `custom_keys` act on the backbone as well, on top of that: of the keys that stand in a parameter's name the longest
+    one counts, `lr_mult` and `decay_mult` multiply, what else it has is the group's (mmengine's rules).
+
+    Everything outside the backbone obeys the other keys of `paramwise_cfg`, which are mmengine's (`bias_lr_mult`,
+    `bias_decay_mult`, …) and do not act inside it. `norm_decay_mult` is 0 by default: norms of necks and heads are not
+    decayed, as the frameworks' configs of Swin have it.
+
+    Raises:
+        ValueError: an unknown key, a layer_decay out of range, no lr, no such backbone in the model.
     """
 
     def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None):
-        super().__init__(optim_wrapper_cfg, dict(paramwise_cfg or {}))
-        self.layer_decay = self.paramwise_cfg.setdefault('layer_decay', 1.)  # never empty: add_params is called
+        paramwise_cfg = dict(paramwise_cfg or {})
+        unknown = [k for k in paramwise_cfg if k not in _PARAMWISE]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], _PARAMWISE, n=1)
+            raise ValueError(f'paramwise_cfg has the unknown key {unknown[0]!r}: '
+                             + (f'did you mean {close[0]!r}?' if close else f'write one of {", ".join(_PARAMWISE)}'))
+        paramwise_cfg.setdefault('layer_decay', 1.)  # never empty: add_params is called
+        if dict(optim_wrapper_cfg.get('optimizer', {})).get('weight_decay') is not None:
+            paramwise_cfg.setdefault('norm_decay_mult', 0.)
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        self.layer_decay = self.paramwise_cfg['layer_decay']
         if not isinstance(self.layer_decay, (int, float)) or not 0 < self.layer_decay <= 1:
             raise ValueError(f'paramwise_cfg.layer_decay must be above 0 and at most 1, got {self.layer_decay!r}')
         if self.base_lr is None:
@@ -295,23 +374,30 @@ class MambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
         num_layers = 1 + max(layers[n] for n, _ in net.named_parameters() if not n.startswith('norm.'))
         undecayed = net.no_weight_decay()
-        rows = [(p, layers[n], n in undecayed) for n, p in net.named_parameters()]
-        rows += [(p, num_layers, True) for p in module.norms.parameters()]
-        groups: Dict[Tuple[int, bool], dict] = {}
-        for p, layer, without_decay in rows:
+        rows = [(f'net.{n}', p, layers[n], n in undecayed) for n, p in net.named_parameters()]
+        rows += [(f'norms.{n}', p, num_layers, True) for n, p in module.norms.named_parameters()]
+        custom_keys = self.paramwise_cfg.get('custom_keys', {})
+        by_length = sorted(sorted(custom_keys), key=len, reverse=True)
+        groups: Dict[Tuple[int, bool, str], dict] = {}
+        for name, p, layer, without_decay in rows:
             if not p.requires_grad:
                 continue
-            if (layer, without_decay) not in groups:
-                group = dict(params=[], lr=self.base_lr * self.layer_decay ** (num_layers - layer))
+            custom = next((k for k in by_length if k in f'{prefix}.{name}'), '')
+            if (layer, without_decay, custom) not in groups:
+                settings = dict(custom_keys.get(custom, {}))
+                lr_mult, decay_mult = settings.pop('lr_mult', 1.), settings.pop('decay_mult', 1.)
+                group = dict(params=[], lr=self.base_lr * lr_mult * self.layer_decay ** (num_layers - layer))
                 if self.base_wd is not None:
-                    group['weight_decay'] = 0. if without_decay else self.base_wd
-                groups[layer, without_decay] = group
-            groups[layer, without_decay]['params'].append(p)
+                    group['weight_decay'] = 0. if without_decay else self.base_wd * decay_mult
+                groups[layer, without_decay, custom] = dict(group, **settings)
+            groups[layer, without_decay, custom]['params'].append(p)
         params.extend(groups[key] for key in sorted(groups))
         return None
 
 
 ViM2OptimWrapperConstructor = MambaOptimWrapperConstructor
+_PARAMWISE = ('layer_decay', 'custom_keys', 'norm_decay_mult', 'bias_lr_mult', 'bias_decay_mult', 'dwconv_decay_mult',
+              'flat_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate')
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -364,6 +450,8 @@ def _baddbmm_flops(inputs: List[Any], outputs: List[Any]) -> int:
 # get_model_complexity_info makes its own analyzer from this table, and lets nobody add to it.
 complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['vim2::scan'] = scan_flops
 complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault('aten::baddbmm', _baddbmm_flops)
+# nor of that for activations, which would call it unsupported beside a count that has it; None is no activation
+complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS['vim2::scan'] = None
 
 
 # mmengine looks for mmseg's configs in a distribution of the name mmsegmentation; the maintained fork has another, and
@@ -388,16 +476,26 @@ def _config_files() -> Dict[str, Path]:
     return files
 
 
-def load_config(name: Union[str, 'os.PathLike[str]'], cfg_options: Optional[Dict[str, Any]] = None) -> Config:
+def load_config(
+        name: Union[str, 'os.PathLike[str]'],
+        cfg_options: Optional[Dict[str, Any]] = None,
+        data_root: Optional[Union[str, 'os.PathLike[str]']] = None,
+) -> Config:
     """A config that comes with the package, by its name, or any other by its path.
 
     Args:
         name: one of `list_configs()`, with or without '.py', or the path of a config file.
-        cfg_options: what to change in it, as mmengine's --cfg-options: dotted keys to values.
+        cfg_options: what to change in it, as mmengine's --cfg-options: dotted keys to values. `data_root` and
+            `vis_backends`, which a config repeats where they are used, change there too.
+        data_root: the folder of the data; stands in every path that began with the config's own.
+
+    A model's `in_channels='backbone'` (of necks and heads) becomes the channels of the backbone's levels, by the head's
+    `in_index` where it has one.
 
     Raises:
-        FileNotFoundError: neither.
-        ValueError: the config uses a name of this module without importing it; mmdet and mmseg would not find it.
+        FileNotFoundError: no such config.
+        ValueError: the config uses a name of this module without importing it, where mmdet and mmseg would not find it;
+            or it has no data root, or several.
     """
     files, name = _config_files(), str(name)
     stem = name.removesuffix('.py')
@@ -408,9 +506,16 @@ def load_config(name: Union[str, 'os.PathLike[str]'], cfg_options: Optional[Dict
         close = difflib.get_close_matches(Path(stem).name, files, n=3)
         raise FileNotFoundError(f'there is no config {name!r}: ' + (f'did you mean {" or ".join(close)}?' if close else
                                 'give the path of a file or one of ' + ', '.join(sorted(files))))
-    config = Config.fromfile(str(path))
-    if cfg_options:
-        config.merge_from_dict(cfg_options)
+    config, options = Config.fromfile(str(path)), dict(cfg_options or {})
+    data_root = options.pop('data_root', None) if data_root is None else data_root
+    if data_root is not None:
+        _set_data_root(config, os.fspath(data_root), path)
+    if options:
+        config.merge_from_dict(options)
+    if config.get('vis_backends') and config.get('visualizer', {}).get('vis_backends') == [_LOCAL]:
+        config.visualizer.vis_backends = config.vis_backends
+    if 'backbone' in (config.get('model') or {}):
+        _set_channels(config.model)
     used = _types(config.to_dict()) & {'MambaBackbone', 'MambaOptimWrapperConstructor', 'ViM2',
                                        'ViM2OptimWrapperConstructor', 'BFloat16OptimWrapper'}
     imports = (config.get('custom_imports') or {}).get('imports') or []
@@ -418,6 +523,67 @@ def load_config(name: Union[str, 'os.PathLike[str]'], cfg_options: Optional[Dict
         raise ValueError(f"{path} uses {', '.join(sorted(used))} without importing it: write "
                          "custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)")
     return config
+
+
+_LOCAL = dict(type='LocalVisBackend')  # the default of mmdet and mmseg
+
+
+def _set_data_root(config: Config, root: str, path: Path) -> None:
+    roots = {config.data_root} if config.get('data_root') else {
+        d.data_root for key in _LOADERS for d in datasets_of(config.get(key)) if d.get('data_root')}
+    if len(roots) != 1:
+        found = f'several data roots, {", ".join(sorted(roots))}' if roots else 'no data_root'
+        raise ValueError(f'{path} has {found}: change each path with --cfg-options')
+    old, new = roots.pop().rstrip('/'), root.rstrip('/') or '/'
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in value:
+                value[key] = moved(value[key])
+        elif isinstance(value, (list, tuple)):
+            return type(value)(map(moved, value))
+        elif isinstance(value, str) and (value == old or value.startswith(old + '/')):
+            return new + value[len(old):]
+        return value
+
+    for key, value in config.items():
+        config[key] = moved(value)
+
+
+_LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def datasets_of(config: Any) -> List[ConfigDict]:
+    """The configs of data sets in one of a data loader, inside whatever wraps them."""
+    if isinstance(config, (list, tuple)):
+        return [d for part in config for d in datasets_of(part)]
+    if not isinstance(config, dict):
+        return []
+    inner = [v for k, v in config.items() if k in ('dataset', 'datasets')]
+    return datasets_of(inner) if inner else [config]
+
+
+def _set_channels(model: ConfigDict) -> None:
+    """Put the backbone's channels where necks and heads say in_channels='backbone'."""
+    asking: List[ConfigDict] = []
+
+    def find(value: Any) -> None:
+        if isinstance(value, dict):
+            asking.extend([value] if value.get('in_channels') == 'backbone' else [])
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            for part in value:
+                find(part)
+
+    find(model)
+    if not asking:
+        return
+    backbone = model.backbone.to_dict()
+    backbone.update(init_cfg=None, model_kwargs=dict(backbone.get('model_kwargs') or {}, device='meta'))
+    channels = MODELS.build(backbone).out_channels
+    for part in asking:
+        index = part.get('in_index', tuple(range(len(channels))))
+        part.in_channels = channels[index] if isinstance(index, int) else [channels[i] for i in index]
 
 
 def _types(config: Any) -> Set[str]:

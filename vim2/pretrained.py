@@ -32,10 +32,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from numpy._core import multiarray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
@@ -384,9 +386,26 @@ def _umask() -> int:
     return mask
 
 
+class _Ignored:
+    """Takes the place of an object in a checkpoint that is of no use here; nothing of it is run."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _ignored(*args: Any) -> None:
+    """Takes the place of a function in a checkpoint."""
+
+
 # What training loops save beside the weights; read as plain data, of which no code is run, whether the class is
-# installed or not: argparse's options (Vim), and the yacs configuration (VMamba) as a dict.
-_PLAIN_CLASSES = [argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
+# installed or not: argparse's options (Vim), the yacs configuration (VMamba) as a dict, arrays; and, replaced by
+# nothing, mmengine's log of losses with the methods that it names.
+_PLAIN_CLASSES = [
+    argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode'), (OrderedDict, 'mmengine.config.config.ConfigDict'),
+    (_Ignored, 'mmengine.logging.history_buffer.HistoryBuffer'), (_ignored, 'builtins.getattr'),
+    np.ndarray, np.dtype, *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
+    *((getattr(multiarray, f), f'{m}.multiarray.{f}') for f in ('_reconstruct', 'scalar')
+      for m in ('numpy.core', 'numpy._core'))]
 
 
 def read_checkpoint(path: Union[str, Path], ema: Optional[bool] = None) -> Dict[str, Tensor]:

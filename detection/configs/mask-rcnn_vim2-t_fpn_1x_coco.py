@@ -4,6 +4,7 @@ _base_ = [
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/schedules/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',
+    'mmdet::retinanet/retinanet_tta.py',  # --tta
 ]
 custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
 

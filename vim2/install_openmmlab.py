@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Install mmengine, mmdet and mmseg, and mmcv with its compiled operators, for the PyTorch that is installed.
 
     pip install 'vim2[openmmlab]'
-    python tools/install_openmmlab.py
+    python -m vim2.install_openmmlab
 
 They are the maintained forks (onedl-*), which keep the import names. mmcv comes without its operators, so its source
 is fetched and compiled here, with the C++ standard that PyTorch's headers need; the wheel is kept in a cache by
@@ -28,8 +27,7 @@ from typing import Dict, Iterator, List, Optional
 
 from filelock import FileLock, Timeout
 
-import _common as common
-from _common import UserError
+__all__ = ['Failure', 'main']
 
 MMCV = '2.3.6'
 # as setup.py's extra `openmmlab`
@@ -65,8 +63,22 @@ print(*(f'{{m.__name__}} {{m.__version__}}' for m in (mmengine, mmcv, mmdet, mms
 """
 
 
+class Failure(Exception):
+    """What keeps the installation from its end: one line, and exit code 2."""
+
+
+def _one_line(text: str, limit: int = 400) -> str:
+    text = ' '.join(text.split())
+    return text if len(text) <= limit else text[:limit - 1] + '…'
+
+
+def _duration(seconds: float) -> str:
+    """`2:03`."""
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=common.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog='python -m vim2.install_openmmlab')
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto',
                         help='build operators for this; auto: cuda where this PyTorch sees a CUDA device')
     parser.add_argument('--jobs', type=int, metavar='N',
@@ -107,7 +119,7 @@ def installed(name: str) -> Optional[str]:
 def check_others() -> None:
     found = [name for name in OTHERS if installed(name)]
     if found:
-        raise UserError(f'{", ".join(found)}: upstream packages that share folders with the maintained forks, and do '
+        raise Failure(f'{", ".join(found)}: upstream packages that share folders with the maintained forks, and do '
                         f'not work with this PyTorch; remove them first: pip uninstall {" ".join(found)}')
 
 
@@ -118,9 +130,9 @@ def pip(*arguments: str, quiet: bool = True, what: str) -> None:
     done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode:
         if 'No module named pip' in done.stderr:
-            raise UserError(f'this Python has no pip: {sys.executable} -m ensurepip')
+            raise Failure(f'this Python has no pip: {sys.executable} -m ensurepip')
         lines = [line for line in done.stderr.splitlines() if line.strip() and 'WARNING' not in line]
-        raise UserError(f'cannot {what}: pip says: {common.one_line(ValueError(" ".join(lines[-4:])))} (without a '
+        raise Failure(f'cannot {what}: pip says: {_one_line(" ".join(lines[-4:]))} (without a '
                         'network, give pip a mirror by PIP_INDEX_URL or PIP_FIND_LINKS)')
 
 
@@ -190,7 +202,7 @@ def choose_device(wanted: str) -> str:
     if wanted == 'auto':
         return 'cuda' if torch.cuda.is_available() and torch.version.cuda else 'cpu'
     if wanted == 'cuda' and torch.version.cuda is None:
-        raise UserError(f'--device cuda: PyTorch {torch.__version__} is built without CUDA; install one with it first')
+        raise Failure(f'--device cuda: PyTorch {torch.__version__} is built without CUDA; install one with it first')
     return wanted
 
 
@@ -198,26 +210,26 @@ def check_tools(device: str, cache: Path) -> None:
     """Everything that a build needs, before it begins."""
     compiler = shutil.which(os.environ.get('CXX') or 'c++') or shutil.which('g++') or shutil.which('clang++')
     if compiler is None or (os.environ.get('CXX') and not shutil.which(os.environ['CXX'])):
-        raise UserError(f'there is no C++ compiler{" " + os.environ["CXX"] if os.environ.get("CXX") else ""}: install '
+        raise Failure(f'there is no C++ compiler{" " + os.environ["CXX"] if os.environ.get("CXX") else ""}: install '
                         'one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: '
                         'conda install cxx-compiler), or name it in CXX')
     include = sysconfig.get_path('include')
     if not os.path.isfile(os.path.join(include, 'Python.h')):
-        raise UserError(f'the headers of Python are not at {include}: install them (Debian, Ubuntu: apt install '
+        raise Failure(f'the headers of Python are not at {include}: install them (Debian, Ubuntu: apt install '
                         'python3-dev; Fedora: dnf install python3-devel)')
     if device == 'cuda':
         import torch
         from torch.utils.cpp_extension import CUDA_HOME
         if CUDA_HOME is None or not shutil.which('nvcc', path=os.path.join(CUDA_HOME, 'bin')):
-            raise UserError(f'no nvcc: install the CUDA toolkit {torch.version.cuda} and name its folder in CUDA_HOME, '
+            raise Failure(f'no nvcc: install the CUDA toolkit {torch.version.cuda} and name its folder in CUDA_HOME, '
                             'or build for the CPU alone with --device cpu')
     try:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
     except OSError as e:
-        raise UserError(f'cannot write to {cache}: {e.strerror or e}: choose another folder with --cache') from None
+        raise Failure(f'cannot write to {cache}: {e.strerror or e}: choose another folder with --cache') from None
     if free < DISK:
-        raise UserError(f'{free / 1e9:.1f} GB are free at {cache}, the build needs {DISK / 1e9:.1f}: make room, or '
+        raise Failure(f'{free / 1e9:.1f} GB are free at {cache}, the build needs {DISK / 1e9:.1f}: make room, or '
                         'choose another folder with --cache')
 
 
@@ -239,16 +251,16 @@ def fetch_source(args: argparse.Namespace, folder: Path) -> Path:
             f'onedl-mmcv=={MMCV}', what=f'fetch the source of onedl-mmcv {MMCV}')
         found = sorted(folder.glob('*.tar.gz'))
         if not found:
-            raise UserError(f'pip has no source of onedl-mmcv {MMCV}: give the archive with --sdist')
+            raise Failure(f'pip has no source of onedl-mmcv {MMCV}: give the archive with --sdist')
         archive = found[0]
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder / 'source', filter='data')
     except (OSError, tarfile.TarError) as e:
-        raise UserError(f'cannot unpack {archive}: {common.one_line(e)}') from None
+        raise Failure(f'cannot unpack {archive}: {_one_line(str(e))}') from None
     roots = sorted((folder / 'source').glob('*/setup.py'))
     if len(roots) != 1:
-        raise UserError(f'{archive} is no source of mmcv: it has no setup.py')
+        raise Failure(f'{archive} is no source of mmcv: it has no setup.py')
     return roots[0].parent
 
 
@@ -283,14 +295,14 @@ def show_progress(root: Path, total: int, done: threading.Event) -> None:
         count = sum(1 for _ in (root / 'build').rglob('*.o'))
         if count * 10 // total > shown * 10 // total:
             shown, gone = count, time.monotonic() - start
-            print(f'compiled {count} of {total} files in {common.duration(gone)}, about '
-                  f'{common.duration(gone / count * (total - count))} left', flush=True)
+            print(f'compiled {count} of {total} files in {_duration(gone)}, about '
+                  f'{_duration(gone / count * (total - count))} left', flush=True)
 
 
 def compile_wheel(root: Path, out: Path, log: Path, device: str, jobs: int) -> Path:
     total = sources_to_compile(root, device)
     estimate = total * SECONDS_PER_FILE / jobs
-    print(f'compiling {total} files of mmcv, {jobs} at a time: about {common.duration(estimate)}'
+    print(f'compiling {total} files of mmcv, {jobs} at a time: about {_duration(estimate)}'
           + (', several times that for CUDA' if device == 'cuda' else '') + f'; log: {log}', flush=True)
     done = threading.Event()
     watcher = threading.Thread(target=show_progress, args=(root, total, done), daemon=True)
@@ -310,8 +322,8 @@ def compile_wheel(root: Path, out: Path, log: Path, device: str, jobs: int) -> P
                 process.wait()
     wheel = cached_wheel(out)
     if code or wheel is None:
-        raise UserError(compile_error(log.read_text(encoding='utf-8', errors='replace'), log))
-    print(f'compiled in {common.duration(time.monotonic() - start)}', flush=True)
+        raise Failure(compile_error(log.read_text(encoding='utf-8', errors='replace'), log))
+    print(f'compiled in {_duration(time.monotonic() - start)}', flush=True)
     return wheel
 
 
@@ -332,7 +344,7 @@ def compile_error(text: str, log: Path) -> str:
     hint = next((say for pattern, say in hints if re.search(pattern, text)), None)
     if hint is None:
         errors = [line.strip() for line in text.splitlines() if re.search(r'\berror\b', line, re.I)]
-        hint = 'the first error: ' + common.one_line(ValueError(errors[0] if errors else 'none in the log'), 300)
+        hint = 'the first error: ' + _one_line(errors[0] if errors else 'none in the log', 300)
     return f'mmcv did not compile: {hint} (log: {kept})'
 
 
@@ -348,7 +360,7 @@ def build(args: argparse.Namespace, cache: Path, device: str) -> Path:
         shutil.unpack_archive(wheel, work / 'unpacked', 'zip')
         problem = prove(device, work / 'unpacked')
         if problem:
-            raise UserError(f'mmcv was compiled, but does not work: {problem}')
+            raise Failure(f'mmcv was compiled, but does not work: {problem}')
         folder = cache / cache_key(source_version(root), device)
         shutil.rmtree(folder, ignore_errors=True)  # without a wheel, or this would not run
         try:
@@ -361,18 +373,32 @@ def build(args: argparse.Namespace, cache: Path, device: str) -> Path:
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def main() -> None:
+def main() -> int:
+    """The command line; its exit code."""
     args = get_parser().parse_args()
-    common.at_least(args, 1, 'jobs')
+    try:
+        install(args)
+    except Failure as e:
+        print(f'install_openmmlab: error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('install_openmmlab: interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+def install(args: argparse.Namespace) -> None:
+    if args.jobs is not None and args.jobs < 1:
+        raise Failure(f'--jobs must be at least 1, got {args.jobs}')
     for path in (args.sdist, args.constraint):
         if path and not os.path.isfile(path):
-            raise UserError(f'there is no file {path}')
+            raise Failure(f'there is no file {path}')
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError('PyTorch is not installed: mmcv is compiled for the one that is; pip install torch') from None
+        raise Failure('PyTorch is not installed: mmcv is compiled for the one that is; pip install torch') from None
     if platform.system() == 'Windows':
-        raise UserError('mmcv is not built on Windows here: use WSL')
+        raise Failure('mmcv is not built on Windows here: use WSL')
     device = choose_device(args.device)
     if all(installed(r.partition('>=')[0]) for r in REQUIREMENTS) and prove(device) is None:
         return
@@ -389,8 +415,8 @@ def main() -> None:
     pip('install', '--force-reinstall', '--no-deps', str(wheel), what=f'install {wheel}')
     problem = prove(device)
     if problem:
-        raise UserError(f'mmcv from {wheel} does not work here: {problem}; remove its folder to build it anew')
+        raise Failure(f'mmcv from {wheel} does not work here: {problem}; remove its folder to build it anew')
 
 
 if __name__ == '__main__':
-    common.run(main)
+    sys.exit(main())

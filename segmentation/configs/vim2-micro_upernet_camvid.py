@@ -1,4 +1,4 @@
-"""UperNet with the bundled ViM2-nano on CamVid (SegNet's 11 classes), at half its size: trains on one CPU core.
+"""UperNet with the bundled ViM2-micro on CamVid (SegNet's 11 classes), at half its size: trains on one CPU core.
 
 The folder, data/camvid or the environment's CAMVID_ROOT, holds {train,val,test}/images/*.jpg and masks/*.png, with
 class 11 for what is not labelled.
@@ -22,16 +22,19 @@ loss = dict(
     class_weight=[0.53, 0.45, 2.19, 0.39, 1.0, 0.65, 1.96, 1.4, 0.89, 2.52, 2.98])
 head = dict(num_classes=11, ignore_index=unlabelled, norm_cfg=norm_cfg)
 model = dict(
-    data_preprocessor=dict(
-        mean=[125.3, 123.0, 113.9], std=[63.0, 62.1, 66.7], size=crop_size, seg_pad_val=unlabelled),  # the weights'
+    data_preprocessor=dict(size=crop_size, seg_pad_val=unlabelled),
     backbone=dict(
         _delete_=True,
         type='ViM2',
-        model_name='vim2_nano_patch2_32',
+        model_name='vim2_micro_patch4_64',
+        out_indices=(0, 1, 2),
         drop_path_rate=0.05,
-        init_cfg=dict(type='Pretrained', checkpoint='vim2_nano_patch2_32.cifar10')),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=48, loss_decode=dict(loss_weight=1.0, **loss), **head),
-    auxiliary_head=dict(in_channels=128, channels=48, loss_decode=dict(loss_weight=0.4, **loss), **head))
+        init_cfg=dict(type='Pretrained', checkpoint='vim2_micro_patch4_64.tiny_imagenet')),
+    decode_head=dict(
+        in_channels=[88, 176, 352], in_index=[0, 1, 2], channels=64, loss_decode=dict(loss_weight=1.0, **loss),
+        **head),
+    auxiliary_head=dict(
+        in_channels=176, in_index=1, channels=64, loss_decode=dict(loss_weight=0.4, **loss), **head))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -47,6 +50,16 @@ test_pipeline = [
     dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='LoadAnnotations'),  # after Resize: predictions are compared at the size of the labels
     dict(type='PackSegInputs'),
+]
+tta_model = dict(type='SegTTAModel')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale=size, keep_ratio=True) for size in ((180, 135), scale, (300, 225))],
+        [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0., 1.)],
+        [dict(type='LoadAnnotations')],
+        [dict(type='PackSegInputs')],
+    ]),
 ]
 dataset = dict(
     type='BaseSegDataset', data_root=data_root, metainfo=metainfo, ignore_index=unlabelled, img_suffix='.jpg',

@@ -1,4 +1,4 @@
-"""Mask R-CNN with a ViM2-nano, overfitted to eight images: shows that a detector learns, in minutes on one CPU core.
+"""Mask R-CNN with the bundled ViM2-micro, overfitted to eight images: a detector learns, in minutes on one CPU core.
 
 The folder, data/coco_tiny or the environment's COCO_TINY_ROOT, is a small subset of COCO 2017 in its format; `indices`
 picks the eight images of train2017 under a licence that lets others use them whose smallest object is largest.
@@ -14,9 +14,10 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='ViM2',
-        model_name='vim2_nano_patch2_32',
-        model_kwargs=dict(patch_size=4)),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=channels, norm_cfg=norm_cfg),
+        model_name='vim2_micro_patch4_64',
+        out_indices=(0, 1, 2),
+        init_cfg=dict(type='Pretrained', checkpoint='vim2_micro_patch4_64.tiny_imagenet')),
+    neck=dict(in_channels=[88, 176, 352], out_channels=channels, norm_cfg=norm_cfg),
     rpn_head=dict(
         in_channels=channels, feat_channels=channels,
         anchor_generator=dict(scales=[4])),
@@ -37,6 +38,11 @@ annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
 pack = dict(type='PackDetInputs', meta_keys=meta_keys)
 train_pipeline = [load, annotations, resize, pack]
 test_pipeline = [load, resize, annotations, pack]  # predictions are compared at the image's own size
+tta_model = dict(
+    type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+tta_pipeline = [load, dict(type='TestTimeAug', transforms=[
+    [dict(type='Resize', scale=(side, side), keep_ratio=True) for side in (192, 256)],
+    [dict(type='RandomFlip', prob=p) for p in (1., 0.)], [annotations], [pack]])]
 dataset = dict(
     type='CocoDataset', data_root=data_root, ann_file='annotations/instances_train2017.json',
     data_prefix=dict(img='images/train2017/'), indices=indices)
