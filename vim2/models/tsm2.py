@@ -319,8 +319,8 @@ class TSM2(
             if (value is None) != (dim == 0):
                 raise ValueError(f'TSM2: {name} inputs ' + (f'are missing ({name}_dim is {dim})' if value is None else
                                                             f'were given, but {name}_dim is 0'))
-            if value is not None and value.shape != (len(x), *shape):
-                raise ValueError(f'TSM2: {name} must be {(len(x), *shape)}, got {tuple(value.shape)}')
+            if value is not None and value.shape != (x.shape[0], *shape):
+                raise ValueError(f'TSM2: {name} must be {(x.shape[0], *shape)}, got {tuple(value.shape)}')
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, M, T) to (B, M, patches, patch_len)."""

@@ -107,6 +107,38 @@ def _chosen(backend: Optional[str]) -> str:
     return backend or os.environ.get(BACKEND_ENV) or 'auto'
 
 
+def _loop(*args) -> Tuple[Tensor, Tensor]:
+    """What a graph that torch.onnx.export makes has in the operator's place."""
+    if torch.jit.is_tracing():
+        raise RuntimeError('torch.onnx.export(dynamo=False) cannot express the selective scan: leave dynamo at True, '
+                           'which needs the packages onnx and onnxscript, or use tools/export.py')
+    from .loop import scan_loop  # here: what it imports of torch takes a second
+    return scan_loop(*args)
+
+
+def _scan(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor],
+        z: Optional[Tensor],
+        delta_bias: Optional[Tensor],
+        delta_weight: Optional[Tensor],
+        delta_softplus: bool,
+        directions: List[int],
+        want_last_state: bool,
+        backend: str,
+) -> Tuple[Tensor, Tensor]:
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            return _loop(u, delta, A, B, C, D, z, delta_bias, delta_weight, delta_softplus, directions,
+                         want_last_state)
+    return torch.ops.vim2.scan(u, delta, A, B, C, D, z, delta_bias, delta_weight, delta_softplus, directions,
+                               want_last_state, backend)
+
+
 # TorchScript compiles no keyword-only arguments: the layers call `sequence_scan` and `map_scan`, the public functions
 # are these with the signature that people expect.
 
@@ -134,7 +166,7 @@ def sequence_scan(
         _check_sequence(u, delta, A, B, C, D, z, delta_bias, delta_weight)
         backend = _chosen(backend)
     batch, backend = u.shape[0], 'auto' if backend is None else backend
-    out, last = torch.ops.vim2.scan(
+    out, last = _scan(
         u.unsqueeze(2), delta.unsqueeze(1).unsqueeze(3), A.unsqueeze(0), _as_scanned(B, batch), _as_scanned(C, batch),
         None if D is None else D.unsqueeze(0), None if z is None else z.unsqueeze(2),
         None if delta_bias is None else delta_bias.unsqueeze(0),
@@ -163,7 +195,7 @@ def map_scan(
         _check_map(x, delta, A, B, C, D, delta_bias, delta_weight)
         backend = _chosen(backend)
     backend = 'auto' if backend is None else backend
-    out, _ = torch.ops.vim2.scan(
+    out, _ = _scan(
         x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias, delta_weight, delta_softplus,
         [0, 1, 2, 3][:A.shape[0]], False, backend)
     return out

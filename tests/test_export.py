@@ -1,0 +1,199 @@
+"""Files of models: they hold what the model computes, at other sizes too, and run without vim2 where they say so."""
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import tool_environment
+
+from vim2.export import check_shapes, example_inputs, export
+from vim2.models import TSM2, VisionMambaMixer
+from vim2.ops.loop import scan_loop
+
+onnxruntime = pytest.importorskip('onnxruntime', reason='ONNX needs onnx, onnxscript and onnxruntime')
+NO_VIM2 = 'import sys; sys.modules["vim2"] = None\n'  # whatever imports it fails
+
+
+def vision():
+    """One token mixer of four directions, one channel mixer, both kinds of down-sampling padded."""
+    torch.manual_seed(0)
+    return VisionMambaMixer(num_classes=5, dims=(8, 16), token_depths=(1, 0), channel_depths=(0, 1), d_state=4,
+                            token_grid=4, channel_expand=2.).eval()
+
+
+def forecaster(**kwargs):
+    torch.manual_seed(0)
+    model = TSM2(3, lookback=40, horizon=12, d_model=16, d_state=4, **kwargs).eval()
+    torch.nn.init.normal_(model.head.weight)  # of zeros it would hide everything before it
+    return model
+
+
+def run(code, *args, cwd=None):
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, env=tool_environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize('groups, size, rank, options', [
+    ((1, 1), (4, 5), 2, {}), ((1, 1), (3, 1), None, dict(constant=True)), ((2, 6), (1, 7), None, dict(gate=True)),
+    ((1, 1), (1, 1), 1, {}), ((6, 2), (2, 6), None, dict(bias=False, softplus=False))], ids=str)
+@pytest.mark.parametrize('directions', [[0, 1, 2, 3], [2], [1, 0]], ids=str)
+def test_loop_is_the_operator(groups, size, rank, options, directions):
+    torch.manual_seed(0)
+    B, E, N, K = 2, 6, 3, len(directions)
+    position = (1, 1) if options.get('constant') else size
+    args = (torch.randn(B, E, *size), torch.rand(B, K, rank or E, *size), -4 * torch.rand(K, E, N),
+            torch.randn(B, K, groups[0], N, *position), torch.randn(B, K, groups[1], N, *size), torch.randn(K, E),
+            torch.randn(B, E, *size) if options.get('gate') else None,
+            torch.randn(K, E) if options.get('bias', True) else None, torch.rand(K, E, rank) if rank else None,
+            options.get('softplus', True), directions, True)
+    for got, expected in zip(scan_loop(*args), torch.ops.vim2.scan(*args, 'reference')):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.fixture(scope='module')
+def onnx_file(tmp_path_factory):
+    """A small ViM2 as ONNX, and the model."""
+    model = vision()
+    done = export(model, tmp_path_factory.mktemp('onnx') / 'vision.onnx', size=(48, 40))
+    assert [shape for shape, _ in done.checks] == [(1, 3, 48, 40), (2, 3, 25, 28), (3, 3, 65, 33)]
+    assert done.inputs == ['image'] and done.outputs == ['logits'] and done.bytes == done.path.stat().st_size
+    return done.path, model
+
+
+def test_onnx_in_a_process_without_vim2(onnx_file, tmp_path):
+    path, model = onnx_file
+    inputs = [torch.randn(batch, 3, *size) for batch in (1, 4) for size in ((64, 64), (35, 90), (120, 33))]
+    np.savez(tmp_path / 'inputs.npz', *[x.numpy() for x in inputs])
+    run(NO_VIM2 + 'sys.modules["torch"] = None\n'
+        'import numpy as np, onnxruntime\n'
+        's = onnxruntime.InferenceSession(sys.argv[1])\n'
+        'np.savez("out.npz", *[s.run(None, {"image": x})[0] for x in np.load("inputs.npz").values()])', path,
+        cwd=tmp_path)
+    outputs = list(np.load(tmp_path / 'out.npz').values())
+    assert len(outputs) == len(inputs)
+    for x, y in zip(inputs, outputs):
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=0, atol=1e-4)
+
+
+def test_onnx_loops_with_scan(onnx_file):
+    """A graph whose size does not depend on the images', and no loop that ONNX Runtime is slow with."""
+    onnx = importlib.import_module('onnx')
+    model = onnx.load(onnx_file[0])
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count('Scan') == 1 + 2  # the token mixer's four directions are one loop, the channel mixer has two
+    assert 'Loop' not in kinds and len(kinds) < 1000
+    assert model.opset_import[0].version >= 18
+    body = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.name == 'body'][0]
+    assert sorted(n.op_type for n in body.node if n.op_type not in ('Identity', 'Transpose')) == [
+        'Add', 'Exp', 'MatMul', 'Mul', 'Mul', 'Mul']
+
+
+def test_torch_onnx_export_works_as_it_is(tmp_path):
+    """Without our tool, and with parameters that require gradients."""
+    model = forecaster()
+    assert all(p.requires_grad for p in model.parameters())
+    program = torch.onnx.export(model, example_inputs(model), dynamo=True, verbose=False)
+    program.save(tmp_path / 'forecaster.onnx')
+    session = onnxruntime.InferenceSession(tmp_path / 'forecaster.onnx')
+    x, = example_inputs(model, seed=3)
+    got, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=0, atol=1e-4)
+
+
+def test_onnx_of_torchscript_names_the_way_that_works(tmp_path):
+    model = forecaster()
+    with pytest.raises(RuntimeError, match='leave dynamo at True.*tools/export.py'):
+        torch.onnx.export(model, example_inputs(model), tmp_path / 'x.onnx', dynamo=False)
+    assert not torch.onnx.is_in_onnx_export()
+    model(*example_inputs(model))  # and the model is as it was
+
+
+@pytest.mark.parametrize('format, without_vim2, kwargs', [
+    ('torch', False, dict(static_dim=2, past_dim=1)), ('portable', True, {})], ids=['torch', 'portable'])
+def test_program(format, without_vim2, kwargs, tmp_path):
+    model = forecaster(**kwargs)
+    done = export(model, tmp_path / 'forecaster.pt2', format)
+    assert done.inputs == ['x', 'static', 'past'][:3 if kwargs else 1] and done.outputs == ['forecast']
+    inputs = example_inputs(model, 4, seed=9)
+    torch.save(inputs, tmp_path / 'inputs.pt')
+    run((NO_VIM2 if without_vim2 else 'import sys, vim2\n') +
+        'import torch\n'
+        'model = torch.export.load(sys.argv[1]).module()\n'
+        'torch.save(model(*torch.load("inputs.pt")), "out.pt")', done.path, cwd=tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / 'out.pt').detach(), model(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_is_wrong_does_not_appear(tmp_path, monkeypatch):
+    path = tmp_path / 'model.pt'
+    path.write_text('the one before')
+    module = importlib.import_module('vim2.export')
+    broken = vision()
+    with torch.no_grad():
+        broken.head.fc.bias += 0.01
+    with monkeypatch.context() as patch:
+        patch.setitem(module._WRITERS, 'torchscript', lambda model, *args: module._write_torchscript(broken, *args))
+        with pytest.raises(RuntimeError, match=r'shape \(1, 3, 48, 40\): relative error 1\.0e-02'):
+            export(vision(), path, 'torchscript', size=(48, 40))
+    assert [p.name for p in tmp_path.iterdir()] == ['model.pt'] and path.read_text() == 'the one before'
+    export(vision().train(), path, 'torchscript', size=(48, 40))
+    assert path.read_bytes()[:2] == b'PK'
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(format='tflite'), 'format must be one of onnx, torch, portable, torchscript'),
+    (dict(opset=17), 'opset must be 18 or newer, got 17'),
+    (dict(size=(8, 64)), '8x64 pixels cannot stand for all sizes: give a size of at least 9'),
+])
+def test_errors(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(vision(), tmp_path / 'model', **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else find(name))
+    with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnxscript: pip install 'vim2\[export\]'"):
+        export(forecaster(), tmp_path / 'model.onnx')
+
+
+def test_sizes_of_the_checks():
+    assert check_shapes(vision(), size=(224, 192)) == [(1, (224, 192)), (2, (113, 104)), (3, (241, 185))]
+    assert check_shapes(vision(), False, (32, 32)) == [(1, (32, 32))] * 3
+    assert check_shapes(forecaster()) == [(1, None), (2, None), (5, None)]
+
+
+def test_tool(tool, tmp_path):
+    path = tmp_path / 'model.pt'
+    result = tool('export', 'test_vim2', '--random-weights', '--format', 'torchscript', '--output', path, '--json')
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report['bytes'] == path.stat().st_size and [c['shape'][0] for c in report['checks']] == [1, 2, 3]
+    scripted = torch.jit.load(path)
+    assert scripted(torch.zeros(2, 3, 40, 50)).shape == (2, 1000)
+
+
+def test_tool_exports_forecasters(tool, tmp_path):
+    result = tool('export', 'tsm2.ETTh1-96', '--format', 'torch', '--output', tmp_path / 'ett.pt2')
+    assert result.code == 0, result.err
+    assert 'x -> forecast' in result.out and result.out.count('checked at') == 3
+
+
+@pytest.mark.parametrize('args, message', [
+    (('nothing',), 'nothing'),
+    (('vim2_tiny',), 'vim2_tiny'),  # has no weights: the message of the loader
+    (('tsm2.ETTh1-96', '--num-classes', '3'), 'are for names of timm'),
+    (('test_vim2', '--random-weights', '--output', 'no/folder/x.onnx'), 'there is no folder'),
+    (('test_vim2', '--random-weights', '--img-size', '16'), '16x16 pixels cannot stand for all sizes'),
+])
+def test_tool_errors(args, message, tool):
+    result = tool('export', *args)
+    assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result
