@@ -7,15 +7,18 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 SCAN := $(addprefix vim2/ops/cpu/,build.py scan.cpp vectors.h)
 WHEELS := manylinux_2_17_x86_64 manylinux_2_17_aarch64 macosx_11_0_arm64 win_amd64
+FLOOR := .venv-floor
+FLOOR_TESTS := $(addprefix tests/test_,ops.py ops_cpu.py ops_transforms.py layers.py models.py vmamba.py vim.py tsm2.py \
+	hub.py forecasting.py)
 JOBS ?= 2
 SCAN_ARGS ?=
 BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test lint bench soak sanitize wheels clean
+.PHONY: help setup demo docs test test-floor lint bench dist soak sanitize wheels clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## install the package and what it needs into .venv
 
@@ -38,13 +41,20 @@ demo: $(STAMP)  ## classify a photograph with the bundled weights, offline
 docs: $(DEV_STAMP)  ## the documentation as a site, in site/: open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-lint: $(DEV_STAMP)  ## ruff
+lint: $(DEV_STAMP)  ## ruff, and mypy for the package's types
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 # JOBS processes of one thread each: most tests are bound by Python. A file stays in one process, for its fixtures.
 test: lint  ## lint and all tests, OpenMMLab's included, whose mmcv is built once (about 11 minutes)
 	$(PY) -m vim2.install_openmmlab -c constraints.txt
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
+
+test-floor:  ## the package's tests with the lowest versions that setup.py allows, in .venv-floor
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt \
+		-e '.[tools,forecast]' pytest pytest-xdist expecttest hypothesis psutil
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(FLOOR_TESTS)
 
 bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON
 	$(PY) tools/benchmark.py scan $(SCAN_ARGS) --json
@@ -54,6 +64,11 @@ wheels: $(STAMP)  ## a wheel for each of Linux x86-64 and aarch64, macOS arm64 a
 	for platform in $(WHEELS); do \
 		VIM2_PLATFORM=$$platform $(PY) -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; done
 
+dist: $(DEV_STAMP)  ## source distribution and this machine's wheel, checked by twine, in dist/
+	$(PY) -m pip install --quiet --disable-pip-version-check build twine
+	$(PY) -m build --outdir dist .
+	$(PY) -m twine check --strict dist/*
+
 soak: $(DEV_STAMP)  ## training, evaluation and prediction in turn for ten minutes: memory and speed stay flat
 	$(PY) tests/soak.py
 
@@ -61,5 +76,5 @@ sanitize: $(DEV_STAMP)  ## the tests of the scan with its C++ library under Addr
 	$(PY) tests/sanitized.py
 
 clean:  ## remove .venv and everything that was generated
-	rm -rf $(VENV) build dist site *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) $(FLOOR) build dist site *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

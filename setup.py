@@ -45,14 +45,18 @@ EXTRAS = {
     # detection and segmentation: the maintained forks, which keep the import names mmengine, mmdet and mmseg; mmcv
     # with its compiled operators must be built, because its wheels come without them: vim2/install_openmmlab.py
     'openmmlab': ['onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'],
-    'export': ['onnx>=1.16', 'onnxscript>=0.2', 'onnxruntime>=1.18'],
+    'export': ['onnx>=1.19', 'onnxscript>=0.5', 'onnxruntime>=1.22'],
+    # what tests/test_ecosystem.py shows these models in
+    'ecosystem': ['accelerate>=1.0', 'peft>=0.15', 'pytorch-lightning>=2.4', 'segmentation-models-pytorch>=0.5',
+                  'transformers>=4.50'],
     # vim2.forecasting; tools/forecast.py needs `tools` as well
     'forecast': ['pandas>=2.0'],
 }
-EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + [
+EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + EXTRAS['export'] + EXTRAS['ecosystem'] + [
     'darts>=0.48', 'neuralforecast>=3.3', 'pyarrow>=15.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
     'expecttest>=0.2', 'psutil>=5.9', 'hypothesis>=6.100', 'tensorboard>=2.15', 'wandb>=0.18', 'torchao>=0.14',
     'ziglang>=0.14',  # vim2/ops/cpu/build.py
+    'mypy>=1.15',  # make lint
     'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26']  # make docs
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
@@ -64,14 +68,24 @@ setup(
     description='MambaMixer and Vision MambaMixer (ViM2): timm models on a fused selective scan',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
+    author='the vim2 authors',
     license='Apache-2.0',
     license_files=['LICENSE'],
+    project_urls={'Paper': 'https://arxiv.org/abs/2403.19888'},
+    keywords=['mamba', 'mambamixer', 'selective scan', 'vision backbone', 'timm', 'forecasting'],
     classifiers=[
         'Development Status :: 3 - Alpha',
+        'Intended Audience :: Developers',
         'Intended Audience :: Science/Research',
+        'Operating System :: MacOS',
+        'Operating System :: Microsoft :: Windows',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: C++',
         'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
     ],
     packages=find_packages(include=['vim2', 'vim2.*']) + list(CONFIGS),
     package_dir={'vim2': 'vim2', **CONFIGS},
@@ -79,16 +93,18 @@ setup(
     cmdclass={'build_ext': BuildLibraries, 'bdist_wheel': PlatformWheel},
     options={'build': {'build_base': f'build/{PLATFORM}'}} if PLATFORM else {},
     package_data={'vim2.ops.cpu': ['*.cpp', '*.h'],
-                  'vim2': ['weights/*.safetensors', 'weights/*.json', 'weights/*/*.safetensors', 'weights/*/*.json']},
+                  'vim2': ['py.typed', 'weights/*.safetensors', 'weights/*.json', 'weights/*/*.safetensors',
+                           'weights/*/*.json']},
     python_requires='>=3.10',
+    # `make test-floor` runs the tests of the package with the lowest of these: constraints-floor.txt.
     install_requires=[
-        'torch>=2.6',
-        'torchvision>=0.21',
-        'timm>=1.0.26',
+        'torch>=2.9',
+        'torchvision>=0.24',
+        'timm>=1.0.29',
         'numpy>=1.26',
         'filelock>=3.12',
-        'safetensors>=0.4',
-        'huggingface_hub>=0.30',
+        'safetensors>=0.4.3',
+        'huggingface_hub>=1.9',
     ],
     extras_require=EXTRAS,
 )

@@ -29,6 +29,10 @@ def create(
         ema_by_tag: see :func:`check_source`.
         kwargs: the model's arguments, and those of timm's `create_model`.
     """
+    stride = kwargs.pop('output_stride', None)  # segmentation_models_pytorch asks for one
+    if stride not in (None, 32):
+        raise ValueError(f'{variant}: output_stride={stride} is not possible, only 32 is: a stage that kept its '
+                         'resolution would need dilated convolutions, and a scan over tokens has no dilation')
     if load:
         overlay = check_source(variant, ema_by_tag=ema_by_tag, **kwargs)
         kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), **overlay}
