@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tool_environment
 
-from vim2.export import check_shapes, example_inputs, export
+from vim2.export import check_shapes, example_inputs, export, quantize_linears
 from vim2.models import TSM2, VisionMambaMixer
 from vim2.ops.loop import scan_loop
 
@@ -89,9 +89,26 @@ def test_onnx_loops_with_scan(onnx_file):
     assert kinds.count('Scan') == 1 + 2  # the token mixer's four directions are one loop, the channel mixer has two
     assert 'Loop' not in kinds and len(kinds) < 1000
     assert model.opset_import[0].version >= 18
+    assert b'stack_trace' not in onnx_file[0].read_bytes()  # nothing of the machine that wrote it
     body = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.name == 'body'][0]
     assert sorted(n.op_type for n in body.node if n.op_type not in ('Identity', 'Transpose')) == [
         'Add', 'Exp', 'MatMul', 'Mul', 'Mul', 'Mul']
+
+
+def test_int8(onnx_file, tmp_path):
+    """Every Linear, nothing else, and the same class as before."""
+    onnx = importlib.import_module('onnx')
+    path, model = onnx_file
+    linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    assert quantize_linears(path, tmp_path / 'int8.onnx') >= linears
+    stored = onnx.load(tmp_path / 'int8.onnx').graph.initializer
+    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in stored) >= linears
+    x = torch.randn(4, 3, 64, 64)
+    got, = onnxruntime.InferenceSession(tmp_path / 'int8.onnx').run(None, {'image': x.numpy()})
+    with torch.no_grad():
+        expected = model(x)
+    error = float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max())
+    assert 0 < error < 0.1 and [p.name for p in tmp_path.iterdir()] == ['int8.onnx']
 
 
 def test_torch_onnx_export_works_as_it_is(tmp_path):
@@ -192,6 +209,7 @@ def test_tool_exports_forecasters(tool, tmp_path):
     (('vim2_tiny',), 'vim2_tiny'),  # has no weights: the message of the loader
     (('tsm2.ETTh1-96', '--num-classes', '3'), 'are for names of timm'),
     (('test_vim2', '--random-weights', '--output', 'no/folder/x.onnx'), 'there is no folder'),
+    (('test_vim2', '--format', 'torch', '--int8', 'x.onnx'), '--int8 is for --format onnx, not torch'),
     (('test_vim2', '--random-weights', '--img-size', '16'), '16x16 pixels cannot stand for all sizes'),
 ])
 def test_tool_errors(args, message, tool):

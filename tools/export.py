@@ -48,6 +48,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--opset', type=int, default=18, metavar='N', help="version of ONNX's operators")
     g.add_argument('--tolerance', type=float, default=1e-4, metavar='X',
                    help='largest error, relative to the largest output or to 1, whichever is larger')
+    g.add_argument('--int8', metavar='FILE', help='write the ONNX file once more, its Linears in int8; its accuracy is '
+                   'for you to measure')
     parser.add_argument('--json', action='store_true', help='print the result as JSON')
     return parser
 
@@ -94,8 +96,10 @@ def main() -> None:
     output = args.output or Path(args.model.rstrip('/')).name.replace(':', '_') + SUFFIX[args.format]
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f'{output}: there is no folder {Path(output).absolute().parent}')
+    if args.int8 and args.format != 'onnx':
+        raise UserError(f'--int8 is for --format onnx, not {args.format}')
     model = load(args)
-    from vim2.export import export
+    from vim2.export import export, quantize_linears
     from vim2.models import TSM2
     inputs = None
     if not isinstance(model, TSM2) and getattr(model, 'in_chans', 3) == 3:
@@ -105,6 +109,7 @@ def main() -> None:
             warnings.simplefilter('ignore')  # PyTorch's, about its own exporters
             done = export(model, output, args.format, dynamic=not args.static, size=size, inputs=inputs,
                           opset=args.opset, tolerance=args.tolerance)
+            linears = quantize_linears(output, args.int8) if args.int8 else 0
     except (ValueError, RuntimeError, ModuleNotFoundError) as e:
         raise UserError(common.one_line(e)) from e
     if args.json:
@@ -115,6 +120,8 @@ def main() -> None:
     print(f'{done.path}: {done.bytes / 1e6:.1f} MB, {", ".join(done.inputs)} -> {", ".join(done.outputs)}')
     for shape, error in done.checks:
         print(f'  checked at {"x".join(map(str, shape))}: relative error {error:.1e}')
+    if args.int8:
+        print(f'{args.int8}: {Path(args.int8).stat().st_size / 1e6:.1f} MB, {linears} Linears in int8, not checked')
 
 
 if __name__ == '__main__':

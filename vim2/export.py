@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import _files
 from .models import TSM2, Vim
 
-__all__ = ['FORMATS', 'Exported', 'check_shapes', 'example_inputs', 'export', 'least_side']
+__all__ = ['FORMATS', 'Exported', 'check_shapes', 'example_inputs', 'export', 'least_side', 'quantize_linears']
 
 FORMATS = ('onnx', 'torch', 'portable', 'torchscript')
 _KIND = {'onnx': 'ONNX', 'torch': 'torch.export program', 'portable': 'torch.export program',
@@ -109,6 +109,30 @@ def export(
     return Exported(path, path.stat().st_size, *names, checks)
 
 
+def quantize_linears(path: Union[str, os.PathLike], output: Union[str, os.PathLike]) -> int:
+    """Write an ONNX file once more, its Linears in int8, by ONNX Runtime's dynamic quantisation.
+
+    Weights get one scale an output channel; what they multiply is quantised as it comes. Scans, convolutions and norms
+    stay in float32. What that costs in accuracy is for the caller to measure.
+
+    Returns:
+        The number of Linears.
+
+    Raises:
+        ModuleNotFoundError: packages that ONNX needs are missing, naming them.
+    """
+    _require('onnx', 'onnxruntime')
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    graph = onnx.load(path).graph
+    matrices = {t.name for t in graph.initializer if len(t.dims) == 2}  # ONNX Runtime takes no stacks of them
+    linears = [node.name for node in graph.node
+               if node.op_type in ('MatMul', 'Gemm') and node.input[1] in matrices]
+    _files.write(output, lambda tmp: quantize_dynamic(
+        os.fspath(path), tmp, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=linears))
+    return len(linears)
+
+
 def example_inputs(model: nn.Module, batch: int = 1, size: Optional[Tuple[int, int]] = None,
                    seed: int = 0) -> Tuple[Tensor, ...]:
     """Random positional arguments of a model.
@@ -193,10 +217,16 @@ def _names(model: nn.Module, example: Tuple[Tensor, ...]) -> List[List[str]]:
 
 
 def _write_onnx(model: nn.Module, example, shapes, path: str, opset: int) -> List[List[str]]:
+    import onnx_ir
     names = _names(model, example)
     program = torch.onnx.export(
         model, example, dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=names[0],
         output_names=names[1], verbose=False)
+    for node in onnx_ir.traversal.RecursiveGraphIterator(program.model.graph):  # PyTorch's notes: sources, their paths
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    program.model.graph.metadata_props.clear()
     config = getattr(model, 'pretrained_cfg', None)
     if config:  # what a program needs to prepare an image, and to name a class
         keys = ('architecture', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'label_names')
