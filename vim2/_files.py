@@ -33,7 +33,7 @@ _SUM_LENGTH = len(_SUM_START) + 64
 _EMPTY_COMMENT = b'\0\0'  # the last field of a zip archive without one: its length
 
 
-def write(path: Union[str, os.PathLike], fill: Callable[[str], None]) -> None:
+def write(path: Union[str, os.PathLike], fill: Callable[[str], object]) -> None:
     """Let `fill` write a temporary file, whose name it gets, flush that to the disk, and put it where `path` is.
 
     A regular file, or none: replaced by renaming, so that whoever reads `path` finds the old file or the new one, never
@@ -53,9 +53,9 @@ def write(path: Union[str, os.PathLike], fill: Callable[[str], None]) -> None:
     # standard output may be a regular file, which whoever redirected to it holds open
     if mode is not None and not stat.S_ISREG(mode) or str(path).startswith(('/dev/std', '/dev/fd/', '/proc/')):
         with tempfile.TemporaryDirectory() as folder:
-            tmp = os.path.join(folder, 'content')
-            fill(tmp)
-            with named_errors(path), open(tmp, 'rb') as source, open(path, 'ab') as sink:
+            content = os.path.join(folder, 'content')
+            fill(content)
+            with named_errors(path), open(content, 'rb') as source, open(path, 'ab') as sink:
                 shutil.copyfileobj(source, sink)
         return
     target = Path(os.path.realpath(path))

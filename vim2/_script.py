@@ -7,7 +7,7 @@ from typing import Callable, List
 __all__ = ['run_script']
 
 
-def run_script(args: List[str], prog: str, usage: str, prepare: Callable[[], None] = lambda: None) -> None:
+def run_script(args: List[str], prog: str, usage: str, prepare: Callable[[], object] = lambda: None) -> None:
     """Run `SCRIPT [ARGS …]` or `-m MODULE [ARGS …]` as the main program.
 
     Args:

@@ -89,10 +89,10 @@ def export(
                   for i, (batch, side) in enumerate(check_shapes(model, dynamic, size))]
     shapes = _dynamic_shapes(model, example) if dynamic else None
     checks: List[Tuple[Tuple[int, ...], float]] = []
-    names: List[List[str]] = []
+    names = _names(model, example)
 
     def fill(tmp: str) -> None:
-        names[:] = _WRITERS[format](model, example, shapes, tmp, opset)
+        _WRITERS[format](model, example, shapes, tmp, opset)
         run = _READERS[format](tmp)
         for arguments in inputs:
             with torch.no_grad():
@@ -106,7 +106,7 @@ def export(
             checks.append((shape, error))
 
     _files.write(path, fill)
-    return Exported(path, path.stat().st_size, *names, checks)
+    return Exported(path, path.stat().st_size, names[0], names[1], checks)
 
 
 def quantize_linears(path: Union[str, os.PathLike], output: Union[str, os.PathLike]) -> int:
@@ -134,7 +134,7 @@ def quantize_linears(path: Union[str, os.PathLike], output: Union[str, os.PathLi
 
 
 def example_inputs(model: nn.Module, batch: int = 1, size: Optional[Tuple[int, int]] = None,
-                   seed: int = 0) -> Tuple[Tensor, ...]:
+                   seed: int = 0) -> Tuple[Any, ...]:
     """Random positional arguments of a model.
 
     Args:
@@ -162,7 +162,8 @@ def example_inputs(model: nn.Module, batch: int = 1, size: Optional[Tuple[int, i
 
 def least_side(model: nn.Module) -> int:
     """Of images of any size, in pixels: torch.export makes a constant of a size of 1, as the last map would have."""
-    return model.feature_info[-1]['reduction'] + 1 if getattr(model, 'feature_info', None) else 33
+    info: Any = getattr(model, 'feature_info', None)
+    return info[-1]['reduction'] + 1 if info else 33
 
 
 def check_shapes(model: nn.Module, dynamic: bool = True, size: Optional[Tuple[int, int]] = None,
@@ -216,12 +217,13 @@ def _names(model: nn.Module, example: Tuple[Tensor, ...]) -> List[List[str]]:
     return [['image'], ['logits' if getattr(model, 'num_classes', 0) else 'features']]
 
 
-def _write_onnx(model: nn.Module, example, shapes, path: str, opset: int) -> List[List[str]]:
+def _write_onnx(model: nn.Module, example, shapes, path: str, opset: int) -> None:
     import onnx_ir
     names = _names(model, example)
     program = torch.onnx.export(
         model, example, dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=names[0],
         output_names=names[1], verbose=False)
+    assert program is not None
     for node in onnx_ir.traversal.RecursiveGraphIterator(program.model.graph):  # PyTorch's notes: sources, their paths
         node.metadata_props.clear()
         for value in node.outputs:
@@ -233,7 +235,6 @@ def _write_onnx(model: nn.Module, example, shapes, path: str, opset: int) -> Lis
         kept = {k: config[k] for k in keys if config.get(k) is not None}
         program.model.metadata_props['pretrained_cfg'] = json.dumps(kept)
     program.save(path)
-    return names
 
 
 def _program(model: nn.Module, example, shapes) -> torch.export.ExportedProgram:
@@ -247,12 +248,11 @@ def _save(program: torch.export.ExportedProgram, path: str) -> None:
     Path(path).write_bytes(buffer.getvalue())
 
 
-def _write_program(model: nn.Module, example, shapes, path: str, opset: int) -> List[List[str]]:
+def _write_program(model: nn.Module, example, shapes, path: str, opset: int) -> None:
     _save(_program(model, example, shapes), path)
-    return _names(model, example)
 
 
-def _write_portable(model: nn.Module, example, shapes, path: str, opset: int) -> List[List[str]]:
+def _write_portable(model: nn.Module, example, shapes, path: str, opset: int) -> None:
     from .ops.loop import decompositions
     with torch.no_grad():
         program = _program(model, example, shapes).run_decompositions(decompositions())
@@ -260,13 +260,11 @@ def _write_portable(model: nn.Module, example, shapes, path: str, opset: int) ->
     if left:
         raise RuntimeError(f"the program still calls {', '.join(sorted(left))}, which only vim2 has")
     _save(program, path)
-    return _names(model, example)
 
 
-def _write_torchscript(model: nn.Module, example, shapes, path: str, opset: int) -> List[List[str]]:
+def _write_torchscript(model: nn.Module, example, shapes, path: str, opset: int) -> None:
     # a trace would make constants of sizes; a script keeps all of them free, whatever `dynamic` says
     torch.jit.script(model).save(path)
-    return _names(model, example)
 
 
 def _read_onnx(path: str) -> Callable[[Tuple[Tensor, ...]], Tensor]:

@@ -54,10 +54,11 @@ def load(
                 raise ValueError(f'{name} is a published entry with a revision of its own, got revision={revision!r}')
             entry = pretrained.manifest()[name]
             if entry.path is None and entry.pinned:
-                name, revision = entry.repo, entry.revision
+                name, revision = str(entry.repo), entry.revision
             elif timm.is_model(entry.architecture):
                 return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **kwargs).eval()
             else:
+                assert entry.path is not None
                 return _load_folder(entry.path.parent, **kwargs)
         if os.path.isdir(name):
             if revision:

@@ -127,7 +127,7 @@ class Weights:
     def pretrained_cfg(self) -> Dict[str, Any]:
         """What timm's default configuration says about these weights."""
         if self.url:
-            source = dict(url=self.url)
+            source: Dict[str, Any] = dict(url=self.url)
         elif self.repo:
             source = dict(hf_hub_id=self.hub_id, hf_hub_filename=self.file)
         else:
@@ -400,7 +400,7 @@ def _ignored(*args: Any) -> None:
 # What training loops save beside the weights; read as plain data, of which no code is run, whether the class is
 # installed or not: argparse's options (Vim), the yacs configuration (VMamba) as a dict, arrays; and, replaced by
 # nothing, mmengine's log of losses with the methods that it names.
-_PLAIN_CLASSES = [
+_PLAIN_CLASSES: List[Any] = [
     argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode'), (OrderedDict, 'mmengine.config.config.ConfigDict'),
     (_Ignored, 'mmengine.logging.history_buffer.HistoryBuffer'), (_ignored, 'builtins.getattr'),
     np.ndarray, np.dtype, *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)),

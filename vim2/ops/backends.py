@@ -16,7 +16,7 @@ import importlib
 import os
 import warnings
 from types import ModuleType
-from typing import List, Sequence, Union
+from typing import List, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ __all__ = ['BACKEND_ENV', 'available_backends', 'load', 'resolve']
 BACKEND_ENV = 'VIM2_SCAN_BACKEND'
 _MODULES = {'cpu': 'vim2.ops.cpu', 'triton': 'vim2.ops.triton', 'reference': 'vim2.ops.reference'}
 _PREFERRED = {'cpu': 'cpu', 'cuda': 'triton', 'xpu': 'triton'}  # by type of device; ROCm's is 'cuda' too
-_warned = set()
+_warned: Set[Tuple[str, str]] = set()
 
 
 @functools.lru_cache(maxsize=None)

@@ -25,7 +25,7 @@ def _check(function: str, tensors: List[Tuple[str, Optional[Tensor], List[List[i
         function: name of the public function, for the message.
         tensors: (name, tensor, accepted shapes) of each argument, the first of which sets the device.
     """
-    device = tensors[0][1].device
+    device = next(t.device for _, t, _ in tensors if t is not None)
     for name, t, shapes in tensors:
         if t is None:
             continue

@@ -61,8 +61,8 @@ def scan_loop(
         backend: is not read. It makes the signature the operator's.
     """
     dtype = arithmetic_dtype(u, delta, A, B, C, D, z, delta_bias)
-    tensors = (u, delta, A, B, C, D, z, delta_bias, delta_weight)
-    u, delta, A, B, C, D, z, delta_bias, delta_weight = (None if t is None else t.detach() for t in tensors)
+    u, delta, A, B, C = (t.detach() for t in (u, delta, A, B, C))
+    D, z, delta_bias, delta_weight = (None if t is None else t.detach() for t in (D, z, delta_bias, delta_weight))
     batch, dim, height, width = u.shape
     count, _, states = A.shape
     groups = B.shape[2], C.shape[2]
@@ -107,8 +107,8 @@ def scan_loop(
 
 def _forward_loop(*args) -> Tuple[Tensor, Tensor, Tensor]:
     """`vim2::scan_forward`, without saved states."""
-    *inputs, _, backend = args
-    return (*scan_loop(*inputs, backend), args[0].new_empty(0, dtype=torch.float32))
+    out, last = scan_loop(*args[:12])
+    return out, last, out.new_empty(0, dtype=torch.float32)
 
 
 def decompositions() -> Dict[torch._ops.OpOverload, Callable]:
