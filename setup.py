@@ -69,7 +69,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     author='the vim2 authors',
-    license='Apache-2.0',
+    license_expression='Apache-2.0',
     license_files=['LICENSE'],
     project_urls={'Paper': 'https://arxiv.org/abs/2403.19888'},
     keywords=['mamba', 'mambamixer', 'selective scan', 'vision backbone', 'timm', 'forecasting'],

@@ -198,6 +198,12 @@ def test_tool(tool, tmp_path):
     assert scripted(torch.zeros(2, 3, 40, 50)).shape == (2, 1000)
 
 
+def test_benchmark(onnx_file):
+    path, model = onnx_file
+    times = importlib.import_module('export').benchmark(model, [path], (48, 40), rounds=1)
+    assert list(times) == ['PyTorch', str(path)] and min(times.values()) > 0
+
+
 def test_tool_exports_forecasters(tool, tmp_path):
     result = tool('export', 'tsm2.ETTh1-96', '--format', 'torch', '--output', tmp_path / 'ett.pt2')
     assert result.code == 0, result.err

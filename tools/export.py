@@ -10,6 +10,7 @@ The file is checked against the model before it appears: three sizes of a photog
 """
 import argparse
 import os
+import time
 import warnings
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
                    help='largest error, relative to the largest output or to 1, whichever is larger')
     g.add_argument('--int8', metavar='FILE', help='write the ONNX file once more, its Linears in int8; its accuracy is '
                    'for you to measure')
+    g.add_argument('--benchmark', nargs='*', metavar='OTHER.onnx',
+                   help='time one sample: the model, the ONNX file, its int8 file, and other ONNX files, in turns')
     parser.add_argument('--json', action='store_true', help='print the result as JSON')
     return parser
 
@@ -89,6 +92,41 @@ def photographs(model: torch.nn.Module, static: bool, size) -> list:
     return inputs
 
 
+def benchmark(model: torch.nn.Module, files: list, size, rounds: int = 9) -> dict:
+    """Median milliseconds of one sample, in turns and with as many threads as PyTorch uses: the model, and ONNX files.
+
+    A file whose inputs are of fixed sizes gets those.
+    """
+    import numpy as np
+    import onnxruntime
+    from vim2.export import example_inputs
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    inputs = example_inputs(model, 1, size)
+    present = [t.numpy() for t in inputs if t is not None]
+
+    def eager():
+        with torch.inference_mode():
+            model(*inputs)
+
+    def runner(file):
+        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        feeds = {}
+        for i, value in zip(session.get_inputs(), present):
+            shape = [d if isinstance(d, int) else n for d, n in zip(i.shape, value.shape)]
+            feeds[i.name] = np.resize(value, shape)
+        return lambda: session.run(None, feeds)
+
+    runs = {'PyTorch': eager, **{str(file): runner(file) for file in files}}
+    times = {name: [] for name in runs}
+    for _ in range(rounds + 1):  # the first warms up
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
+
+
 def main() -> None:
     args = get_parser().parse_args()
     common.at_least(args, 1, 'num_classes')
@@ -98,6 +136,8 @@ def main() -> None:
         raise UserError(f'{output}: there is no folder {Path(output).absolute().parent}')
     if args.int8 and args.format != 'onnx':
         raise UserError(f'--int8 is for --format onnx, not {args.format}')
+    if args.benchmark is not None and args.format != 'onnx':
+        raise UserError(f'--benchmark is for --format onnx, not {args.format}')
     model = load(args)
     from vim2.export import export, quantize_linears
     from vim2.models import TSM2
@@ -112,9 +152,12 @@ def main() -> None:
             linears = quantize_linears(output, args.int8) if args.int8 else 0
     except (ValueError, RuntimeError, ModuleNotFoundError) as e:
         raise UserError(common.one_line(e)) from e
+    milliseconds = {}
+    if args.benchmark is not None:
+        milliseconds = benchmark(model, [output, *([args.int8] if args.int8 else []), *args.benchmark], size)
     if args.json:
         common.print_json(dict(model=args.model, format=args.format, path=str(done.path), bytes=done.bytes,
-                               inputs=done.inputs, outputs=done.outputs,
+                               inputs=done.inputs, outputs=done.outputs, milliseconds=milliseconds,
                                checks=[dict(shape=list(shape), error=error) for shape, error in done.checks]))
         return
     print(f'{done.path}: {done.bytes / 1e6:.1f} MB, {", ".join(done.inputs)} -> {", ".join(done.outputs)}')
@@ -122,6 +165,8 @@ def main() -> None:
         print(f'  checked at {"x".join(map(str, shape))}: relative error {error:.1e}')
     if args.int8:
         print(f'{args.int8}: {Path(args.int8).stat().st_size / 1e6:.1f} MB, {linears} Linears in int8, not checked')
+    for name, value in milliseconds.items():
+        print(f'{name}: {value:.1f} ms, {value / milliseconds["PyTorch"]:.2f}x')
 
 
 if __name__ == '__main__':
