@@ -183,9 +183,11 @@ def test_detector_trains_and_tests(tool, coco, tmp_path):
                'train_dataloader.dataset.indices=4', 'val_dataloader.dataset.indices=4',
                'test_dataloader.dataset.indices=4', 'default_hooks.logger.interval=1', 'randomness.seed=0',
                'model.test_cfg.rcnn.score_thr=0.']  # something is found after three steps
-    result = tool('train_openmmlab', DETECTOR, '--work-dir', tmp_path, '--amp', *options)
+    result = tool('train_openmmlab', DETECTOR, '--work-dir', tmp_path, '--amp', '--auto-scale-lr', *options,
+                  'auto_scale_lr.base_batch_size=2')
     assert result.code == 0, result.err[-2000:]
     log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'batch size of 2 and the current batch size is 4. Scaling the original LR by 2.0.' in log
     assert len(losses(log)) == 3 and all(map(math.isfinite, losses(log))) and losses(log)[-1] < losses(log)[0]
     assert 'BFloat16OptimWrapper' in log
     result = tool('test_openmmlab', DETECTOR, tmp_path / 'iter_3.pth', '--work-dir', tmp_path, '--json', *options)

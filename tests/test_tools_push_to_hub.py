@@ -280,7 +280,7 @@ def test_weights_that_are_not_finite(token, tool, tmp_path):
     (('{tmp}/w.safetensors', '--repo', REPO), 'does not say of which model its weights are: pass --model'),
     (('{tmp}/w.safetensors', '--repo', REPO, '--model', 'test_vimm2'), 'unknown model .*did you mean test_vim2'),
     (('{tmp}/w.safetensors', '--repo', REPO, '--model', 'vim2_nano_patch2_32'), 'does not fit vim2_nano_patch2_32'),
-    (('{tmp}/text.pth', '--repo', REPO), 'cannot read the checkpoint .*text.pth'),
+    (('{tmp}/text.pth', '--repo', REPO), 'cannot read the checkpoint: .*text.pth'),
     (('{run}', '--repo', REPO, '--dry-run', '--out', '{tmp}'), 'exists already: nothing is overwritten'),
     (('{run}', '--repo', REPO, '--dataset', 'npz', '--data-dir', '{npz}', '--split', 'test'), 'pass --data-name'),
     (('{run}', '--repo', REPO, '--dataset', 'npz', '--data-dir', '{tmp}', '--data-name', 'x'), 'no .npz file in'),
