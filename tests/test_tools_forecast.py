@@ -2,6 +2,8 @@
 import contextlib
 import io
 import json
+import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -548,3 +550,25 @@ def test_on_real_data(tool, shared_data, tmp_path):
                   tmp_path / 'f.csv', '--plot', tmp_path / 'f.png')
     assert result.code == 0, result.err
     assert len(read_series(tmp_path / 'f.csv')) == 96 and 'known for 96 of them' in result.out
+
+
+def test_guide(tool, root, tmp_path, monkeypatch):
+    """docs/forecasting.md from an empty folder to a plot with intervals: the commands as they stand, of two updates."""
+    text = (root / 'docs/forecasting.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'^```bash\n(.*?)^```$', text, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    series = re.fullmatch(r"python - <<'END'\n(.*?)END\n", blocks[0], re.S)
+    exec(series[1], {})  # noqa: S102
+    lines = [line for line in blocks[1].splitlines() if not line.startswith('#')]
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(line)
+        assert words[:2] == ['python', 'tools/forecast.py']
+        short = ['--epochs', '1', '--steps', '2'] if words[2] == 'fit' else []
+        result = tool('forecast', *words[2:], *short, '--device', 'cpu')
+        assert result.code == 0, (line, result.err)
+    assert (tmp_path / 'past.png').stat().st_size > 10_000 and (tmp_path / 'ahead.png').stat().st_size > 10_000
+    forecast_ = pd.read_csv(tmp_path / 'forecast.csv')
+    assert list(forecast_.columns) == ['date', 'sales', 'sales_q0.1', 'sales_q0.9']
+    assert (forecast_.date.iloc[0], len(forecast_)) == ('2025-01-01', 28)
+    assert (forecast_['sales_q0.1'] < forecast_['sales_q0.9']).all()
