@@ -28,7 +28,6 @@ from mmseg.structures import SegDataSample  # noqa: E402
 from vim2.openmmlab import BFloat16OptimWrapper, ViM2, list_configs, load_config  # noqa: E402
 from vim2.ops import cross_selective_scan  # noqa: E402
 
-NANO = 'vim2_nano_patch2_32'
 CONFIGS = list_configs()
 DETECTION = [n for n in CONFIGS if 'coco' in n]
 SEGMENTATION = [n for n in CONFIGS if n not in DETECTION]
@@ -51,9 +50,9 @@ def backward(outs):
 # --- the backbone -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('height, width', [(127, 211), (64, 64), (32, 97)])
-@pytest.mark.parametrize('name, first', [('test_vim2', 4), (NANO, 2)])
-def test_maps(name, first, height, width):
-    model = backbone(name)
+@pytest.mark.parametrize('first', [4, 2])
+def test_maps(first, height, width):
+    model = backbone(model_kwargs=dict(patch_size=first))
     with torch.no_grad():
         outs = model(images(height, width))
     assert isinstance(outs, tuple)
@@ -157,7 +156,7 @@ def test_drop_path_and_channels():
 
 
 def test_bfloat16():
-    model = backbone(NANO)
+    model = backbone(BUNDLED.partition('.')[0], out_indices=(0, 1, 2))
     with torch.no_grad():
         full = model(images())
         with torch.autocast('cpu', torch.bfloat16):
@@ -231,12 +230,13 @@ def test_weights_of_another_variant(source, tmp_path):
     from timm.models._hub import save_for_hf
     file = tmp_path / 'model.safetensors'
     save_file(source.state_dict(), file)
-    with pytest.raises(RuntimeError, match=rf'(?s){file} is no checkpoint of {NANO}.*missing: .*stages\.0\.blocks\.2'):
-        pretrained(file, NANO)
+    missing = r'.*missing: .*stages\.0\.blocks\.2'
+    with pytest.raises(RuntimeError, match=f'(?s){file} is no checkpoint of vim2_tiny{missing}'):
+        pretrained(file, 'vim2_tiny')
     save_for_hf(source, str(tmp_path), safe_serialization=True)
     for place in (f'local-dir:{tmp_path}', 'local-dir:' + str(tmp_path)):
-        with pytest.raises(RuntimeError, match=rf'(?s)holds no weights of {NANO}.*missing: .*stages\.0\.blocks\.2'):
-            pretrained(place, NANO)
+        with pytest.raises(RuntimeError, match=f'(?s)holds no weights of vim2_tiny{missing}'):
+            pretrained(place, 'vim2_tiny')
     with pytest.raises(RuntimeError, match=r'(?s)holds no weights of test_vim2.*unexpected: .*\n  of another shape: '):
         pretrained(BUNDLED)
     state = {k: v for k, v in source.state_dict().items() if k != 'stages.2.averages.1.weight'}
