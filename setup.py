@@ -104,7 +104,7 @@ setup(
         'numpy>=1.26',
         'filelock>=3.12',
         'safetensors>=0.4.3',
-        'huggingface_hub>=1.9',
+        'huggingface_hub>=1.20',
     ],
     extras_require=EXTRAS,
 )

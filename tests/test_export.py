@@ -6,8 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
-from conftest import tool_environment
+from conftest import colored_image, jpeg, tool_environment, write_npz
+from safetensors.torch import save_file
 
 from vim2.export import check_shapes, example_inputs, export, quantize_linears
 from vim2.models import TSM2, VisionMambaMixer
@@ -221,3 +223,18 @@ def test_tool_exports_forecasters(tool, tmp_path):
 def test_tool_errors(args, message, tool):
     result = tool('export', *args)
     assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result
+
+
+def test_validate_measures_a_file(tool, onnx_file, tmp_path):
+    """The classes that the file gives are counted, not the model's."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(8) % 4
+    write_npz(tmp_path / 'test.npz', [jpeg(colored_image(y, rng, (48, 40))) for y in labels], labels)
+    options = ('--model', 'test_vim2', '--checkpoint', tmp_path / 'test_vim2.safetensors', '--num-classes', '4',
+               '--dataset', 'npz', '--data-dir', tmp_path, '--split', 'test', '--workers', '0', '--device', 'cpu')
+    save_file(timm.create_model('test_vim2', num_classes=4).state_dict(), tmp_path / 'test_vim2.safetensors')
+    result = tool('validate', *options, '--onnx', tmp_path / 'nothing.onnx')
+    assert result.code == 2 and 'nothing.onnx' in result.err and result.err.count('\n') == 1
+    result = tool('validate', *options, '--onnx', onnx_file[0], '--json')
+    assert result.code == 0, result.err
+    assert json.loads(result.out)['loss'] == pytest.approx(np.log(5), abs=0.1)  # of five classes, not of four

@@ -350,3 +350,11 @@ def test_no_weight_decay():
             'blocks.0.mixer.s6.dt_projs_bias', 'instance_norm.weight', 'head.bias'} <= names
     assert not names & {'head.weight', 'patch_embed.weight', 'blocks.0.mixer.in_proj.weight'}
     assert names <= {n for n, _ in model.named_parameters()}
+
+
+def test_loads_in_evaluation_mode(tmp_path, monkeypatch):
+    """Also where huggingface_hub leaves it in training mode (1.0 to 1.8), whose dropout makes noise of a forecast."""
+    TSM2(2, lookback=16, horizon=4, d_model=8, drop_rate=0.5).save_pretrained(tmp_path)
+    plain = TSM2._load_as_safetensor
+    monkeypatch.setattr(TSM2, '_load_as_safetensor', lambda *args: plain(*args).train())
+    assert not TSM2.from_pretrained(tmp_path).training

@@ -98,24 +98,20 @@ def benchmark(model: torch.nn.Module, files: list, size, rounds: int = 9) -> dic
     A file whose inputs are of fixed sizes gets those.
     """
     import numpy as np
-    import onnxruntime
-    from vim2.export import example_inputs
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    from vim2.export import OnnxModel, example_inputs
     inputs = example_inputs(model, 1, size)
-    present = [t.numpy() for t in inputs if t is not None]
 
     def eager():
         with torch.inference_mode():
             model(*inputs)
 
     def runner(file):
-        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-        feeds = {}
-        for i, value in zip(session.get_inputs(), present):
+        module = OnnxModel(file)
+        fitting = []
+        for i, value in zip(module.session.get_inputs(), [t for t in inputs if t is not None]):
             shape = [d if isinstance(d, int) else n for d, n in zip(i.shape, value.shape)]
-            feeds[i.name] = np.resize(value, shape)
-        return lambda: session.run(None, feeds)
+            fitting.append(torch.from_numpy(np.resize(value.numpy(), shape)))
+        return lambda: module(*fitting)
 
     runs = {'PyTorch': eager, **{str(file): runner(file) for file in files}}
     times = {name: [] for name in runs}

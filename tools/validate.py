@@ -81,6 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_precision_arguments(g)
     g.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     g.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    g.add_argument('--onnx', metavar='FILE', help='measure a file of tools/export.py in place of the model, on the CPU')
     g = parser.add_argument_group('output')
     g.add_argument('--json', action='store_true', help='print the result as JSON')
     g.add_argument('--no-progress', action='store_true', help='no progress bar on a terminal')
@@ -106,6 +107,15 @@ def main() -> None:
     model = model.to(device, memory_format=memory_format)
     parameters = common.count_parameters(model)
     loader = data.eval_loader(dataset, config, batch_size=args.batch_size, device=device, workers=args.workers)
+    if args.onnx:
+        from vim2.export import OnnxModel
+        if args.torchcompile or args.amp or device.type != 'cpu':
+            raise UserError('--onnx runs in ONNX Runtime on the CPU, without --torchcompile and --amp: pass '
+                            '--device cpu')
+        try:
+            model = OnnxModel(args.onnx)
+        except Exception as e:  # ONNX Runtime's errors have no class in common
+            raise UserError(f'{args.onnx}: {common.one_line(e)}') from None
     run = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
     data.end_workers_at_exit()
     autocast = common.autocast(device, args.amp, args.amp_dtype)
@@ -117,7 +127,8 @@ def main() -> None:
     if args.json:
         common.print_json(report)
         return
-    print(f'{args.model}' + (f' ({args.checkpoint})' if args.checkpoint else '') +
+    source = args.onnx or args.checkpoint
+    print(f'{args.model}' + (f' ({source})' if source else '') +
           f': {parameters / 1e6:.2f} M parameters, {height}x{width} px, {report["precision"]} on {device}')
     print(f'top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %   loss {result["loss"]:.4f}   '
           f'{result["count"]} images   {result["images_per_second"]:.0f} images/s')

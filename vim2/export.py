@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from . import _files
 from .models import TSM2, Vim
 
-__all__ = ['FORMATS', 'Exported', 'check_shapes', 'example_inputs', 'export', 'least_side', 'quantize_linears']
+__all__ = ['FORMATS', 'Exported', 'OnnxModel', 'check_shapes', 'example_inputs', 'export', 'least_side',
+           'quantize_linears']
 
 FORMATS = ('onnx', 'torch', 'portable', 'torchscript')
 _KIND = {'onnx': 'ONNX', 'torch': 'torch.export program', 'portable': 'torch.export program',
@@ -107,6 +108,23 @@ def export(
 
     _files.write(path, fill)
     return Exported(path, path.stat().st_size, names[0], names[1], checks)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a module: ONNX Runtime on the CPU, with as many threads as PyTorch has when it is made."""
+
+    def __init__(self, path: Union[str, os.PathLike]):
+        super().__init__()
+        _require('onnxruntime')
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Tensors in the file's order, none of them absent; its first output."""
+        names = [i.name for i in self.session.get_inputs()]
+        return torch.from_numpy(self.session.run(None, {n: t.cpu().numpy() for n, t in zip(names, inputs)})[0])
 
 
 def quantize_linears(path: Union[str, os.PathLike], output: Union[str, os.PathLike]) -> int:
@@ -268,14 +286,8 @@ def _write_torchscript(model: nn.Module, example, shapes, path: str, opset: int)
 
 
 def _read_onnx(path: str) -> Callable[[Tuple[Tensor, ...]], Tensor]:
-    import onnxruntime
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    names = [i.name for i in session.get_inputs()]
-
-    def run(arguments: Tuple[Tensor, ...]) -> Tensor:
-        present = [t.numpy() for t in arguments if t is not None]
-        return torch.from_numpy(session.run(None, dict(zip(names, present)))[0])
-    return run
+    module = OnnxModel(path)
+    return lambda arguments: module(*[t for t in arguments if t is not None])
 
 
 def _read_program(path: str) -> Callable[[Tuple[Tensor, ...]], Tensor]:
