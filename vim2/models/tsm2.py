@@ -292,7 +292,7 @@ class TSM2(
                 file, _ = pretrained.fetch_weights(model_id, revision, cache_dir=cache_dir,
                                                    force_download=force_download, local_files_only=local_files_only)
         load = cls._load_as_safetensor if file.suffix == '.safetensors' else cls._load_as_pickle
-        return load(model, str(file), map_location, strict).eval()  # huggingface_hub's loaders have not always done that
+        return load(model, str(file), map_location, strict).eval()  # huggingface_hub's loaders did not always do it
 
     @staticmethod
     def _init_weights(m: nn.Module) -> None:
