@@ -85,10 +85,10 @@ def photographs(model: torch.nn.Module, static: bool, size) -> list:
     config = resolve_model_data_config(model)
     image = Image.open(PHOTO).convert('RGB')
     inputs = []
-    for batch, (height, width) in check_shapes(model, not static, size):
+    for number, (batch, (height, width)) in enumerate(check_shapes(model, not static, size)):
         transform = create_transform(**{**config, 'input_size': (3, height, width)}, is_training=False)
         x = transform(image)
-        inputs.append((torch.stack([x.roll(7 * i, -1) for i in range(batch)]),))
+        inputs.append((torch.stack([x.roll(7 * i + 5 * number, -1) for i in range(batch)]),))
     return inputs
 
 
