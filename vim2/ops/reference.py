@@ -42,8 +42,6 @@ def from_scan_order(x: Tensor, direction: int, height: int, width: int) -> Tenso
 def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The recurrence of one direction, h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t from h_0 = 0.
 
-    The only loop of the forward: an export that wants one node for it puts torch's scan operator here.
-
     Args:
         u, dt: (B, E, L), in scan order. A: (E, N). B: (B, E, N, L).
 
