@@ -56,7 +56,7 @@ EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + EXTRAS['export'] + EXTRAS
     'darts>=0.48', 'neuralforecast>=3.3', 'pyarrow>=15.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
     'expecttest>=0.2', 'psutil>=5.9', 'hypothesis>=6.100', 'tensorboard>=2.15', 'wandb>=0.18', 'torchao>=0.14',
     'ziglang>=0.14',  # vim2/ops/cpu/build.py
-    'mypy>=1.15',  # make lint
+    'mypy>=1.15', 'setuptools>=77',  # make lint, tests/test_packaging.py
     'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26']  # make docs
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
