@@ -39,6 +39,7 @@ from vim2.ops.reference import scan_reference, scan_reference_backward
 from vim2.ops.triton import launch as scan
 from vim2.ops.triton.launch import Plan
 
+index64 = scan._Scan.index64
 torch.use_deterministic_algorithms(True)    # memory that nothing wrote holds NaN
 
 
@@ -55,9 +56,11 @@ def strided(t, layout, channel):
 
 
 def check(batch, channels, height, width, states, directions, groups=(1, 1), dtype=torch.float32, skip=True, gate=False,
-          bias=True, softplus=True, last=False, constant=(False, False), layout='channels', shared_A=False, plan=None):
+          bias=True, softplus=True, last=False, constant=(False, False), layout='channels', shared_A=False, plan=None,
+          wide=None):
     generator = torch.Generator().manual_seed(1)
     K = len(directions)
+    scan._Scan.index64 = index64 if wide is None else lambda *tensors: wide
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -127,6 +130,8 @@ CASES = {
                                            gate=True, plan='Plan(True, 16)'),
     'groups that differ': dict(batch=1, channels=6, height=1, width=5, states=2, directions=[0], groups=(2, 3)),
     'groups wider than a block': dict(batch=1, channels=80, height=1, width=3, states=2, directions=[0], groups=(2, 1)),
+    'offsets of 64 bits': dict(batch=1, channels=3, height=3, width=2, states=3, directions=[1, 2], groups=(3, 1),
+                               layout='odd', wide=True),
     'many images': dict(batch=33, channels=2, height=1, width=2, states=1, directions=[0]),
     'constant B, C': dict(batch=2, channels=6, height=1, width=5, states=2, directions=[0], groups=(6, 3),
                           constant=(True, True), gate=True),
@@ -226,16 +231,18 @@ def test_plans():
         assert plan.chunk % SAVE == 0 and plan.chunk > 0 and (plan.chunk >= args[2] or args[1] == 1 or not plan.merge)
 
 
-def test_too_old(monkeypatch):
+@pytest.mark.parametrize('triton,numpy,interpret,words', [
+    ('3.4.1+git1', '2.3.1', '0', ('3.5', '3.4.1')), ('3.5.0', '2.5.0', '0', None), ('3.6.0', '2.3.5', '1', None),
+    ('3.6.0', '2.4.0', '1', ('interpreter', '3.6.0', 'numpy<2.4')), ('3.7.0', '2.4.0', '1', None)])
+def test_versions_that_fail_are_named(triton, numpy, interpret, words, monkeypatch):
     import importlib.metadata
 
     from vim2.ops.triton import launch
-    monkeypatch.setattr(importlib.metadata, 'version', lambda name: '3.4.1+git1')
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: numpy if name == 'numpy' else triton)
+    monkeypatch.setenv('TRITON_INTERPRET', interpret)
     launch._unusable.cache_clear()
     try:
-        assert '3.5' in launch.missing([]) and '3.4.1' in launch.missing([])
-        monkeypatch.setattr(importlib.metadata, 'version', lambda name: '3.5.0')
-        launch._unusable.cache_clear()
-        assert launch.missing([]) is None
+        why = launch.missing([])
+        assert why is None if words is None else all(word in why for word in words)
     finally:
         launch._unusable.cache_clear()

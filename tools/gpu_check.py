@@ -30,6 +30,7 @@ if '--dry-run' in sys.argv:
 
 import torch  # noqa: E402
 
+from vim2._files import write_text  # noqa: E402
 from vim2.ops import cross_selective_scan  # noqa: E402
 from vim2.ops.reference import scan_reference, scan_reference_backward  # noqa: E402
 from vim2.ops.triton import launch as scan  # noqa: E402
@@ -316,14 +317,14 @@ def stage_timings(args) -> Iterator[dict]:
 
 
 # The designs that counting instructions did not decide between.
-CHOICES = (dict(), dict(SAVE=8), dict(SAVE=32), dict(CHANNELS=1), dict(merge=False), dict(merge=True))
+CHOICES = (dict(), dict(SAVE=8), dict(STEPS=8), dict(SAVE=32), dict(CHANNELS=1), dict(merge=False), dict(merge=True))
 
 
 def stage_plans(args) -> Iterator[dict]:
     shapes = {'map': TINY['map']} if args.dry_run else {label: SHAPES[label] for label in (
         'token mixer, stage 1 at 224', 'token mixer, stage 3 at 224', 'channel mixer, stage 3 at 224',
         'small net, 4x4')}
-    jobs = [(choice, label, shape) for choice in (CHOICES[:2] if args.dry_run else CHOICES)
+    jobs = [(choice, label, shape) for choice in (CHOICES[:3] if args.dry_run else CHOICES)
             for label, shape in shapes.items() if 'merge' not in choice or shape.directions > 1]
     _compile_side_by_side(jobs, args)
     for choice, label, shape in jobs:
@@ -454,9 +455,7 @@ def markdown(result: dict) -> str:
 def write(result: dict, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in (('.json', json.dumps(result, indent=1)), ('.md', markdown(result))):
-        temporary = output.with_name(output.name + suffix + '.tmp')
-        temporary.write_text(text)
-        temporary.replace(output.with_name(output.name + suffix))
+        write_text(output.with_name(output.name + suffix), text)
 
 
 def failures(result: dict) -> List[dict]:
@@ -478,6 +477,10 @@ def main(argv=None) -> int:
     import triton
     if args.dry_run:
         args.device, name = 'cpu', "a CPU, in Triton's interpreter"
+        why = scan.missing([torch.empty(0)])
+        if why is not None:
+            print(f'gpu_check: {why}', file=sys.stderr)
+            return 2
     else:
         module = getattr(torch, args.device, None)
         if module is None or not module.is_available():

@@ -25,6 +25,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from vim2._files import write_text  # noqa: E402
 from vim2.ops.triton import launch as scan  # noqa: E402
 
 TARGETS = {'sm_80': ('cuda', 80, 32), 'sm_90': ('cuda', 90, 32), 'sm_100': ('cuda', 100, 32),
@@ -252,6 +253,7 @@ def variants() -> Dict[str, List[Launch]]:
         out[f'map-infer-{name}'] = record(image, dtype, Plan(True, 208), training=False)
         out[f'map-apart-{name}'] = record(image, dtype, Plan(False, 208))
         out[f'ragged-{name}'] = record(Shape(2, 100, 1, 256, 12), dtype, Plan(True, 256))
+    out['large-bf16'] = record(Shape(2, 2 ** 19, 1, 2 ** 13), torch.bfloat16)  # offsets of 64 bits
     for n in (1, 4, 8, 32, 64):
         out[f'states-{n}'] = record(dataclasses.replace(image, states=n), torch.bfloat16, Plan(True, 208))
     return out
@@ -270,7 +272,8 @@ def distinct(launches: Dict[str, List[Launch]]) -> Iterator[Tuple[str, Launch]]:
 
 
 def compile_row(name: str, launch: Launch, target: str) -> Dict[str, object]:
-    row = dict(variant=name, kernel=launch.kernel, target=target)
+    import triton
+    row = dict(triton=triton.__version__, variant=name, kernel=launch.kernel, target=target)
     try:
         kernel, row['seconds'] = compile_launch(launch, target)
         machine = inspect_kernel(kernel, target)
@@ -289,7 +292,8 @@ def spilled(rows: List[Dict[str, object]]) -> List[Dict[str, object]]:
 def machine_code_table(rows: List[Dict[str, object]]) -> str:
     """Markdown: registers / spill instructions / instructions per state and step, per variant, kernel and target."""
     targets = [t for t in TARGETS if any(r['target'] == t for r in rows)]
-    lines = ['| variant | kernel | ' + ' | '.join(targets) + ' |', '|' + '---|' * (2 + len(targets))]
+    heads = [f"{t}, Triton {rows[0]['triton']}" for t in targets]
+    lines = ['| variant | kernel | ' + ' | '.join(heads) + ' |', '|' + '---|' * (2 + len(targets))]
 
     def cell(r):
         if 'error' in r:
@@ -305,7 +309,7 @@ def machine_code_table(rows: List[Dict[str, object]]) -> str:
 
 
 def _row(row) -> str:
-    head = f"{row['variant']:22} {row['kernel']:14} {row['target']:7}"
+    head = f"{row['triton']} {row['variant']:22} {row['kernel']:14} {row['target']:7}"
     if 'error' in row:
         return f"{head} FAILED {row['error']}"
     mix = row['per_state'] or {}
@@ -316,6 +320,7 @@ def _row(row) -> str:
 
 def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, object]]:
     """Per shape, GPU and pass: milliseconds of the fewest bytes, of the fewest exponentials, of issue as counted."""
+    import triton
     mixes = {(r['variant'], r['kernel'], r['target']): r['per_state'] for r in rows if r.get('per_state')}
     table = []
     for label, shape in SHAPES.items():
@@ -331,15 +336,15 @@ def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, o
                 exponentials = steps * (shape.states + 1) / (rate * gpu.exponentials) * 1e3
                 mix = mixes.get((variant, kernel, gpu.target))
                 issue = steps * shape.states * sum(mix.values()) / (rate * gpu.instructions) * 1e3 if mix else None
-                table.append(dict(shape=f'{label} ({shape})', gpu=gpu.name, kernel=kernel, bytes_ms=least,
-                                  exponentials_ms=exponentials, issue_ms=issue,
+                table.append(dict(triton=triton.__version__, shape=f'{label} ({shape})', gpu=gpu.name, kernel=kernel,
+                                  bytes_ms=least, exponentials_ms=exponentials, issue_ms=issue,
                                   above=issue / max(least, exponentials) if issue else None))
     return table
 
 
 def roofline_table(table) -> str:
-    lines = ['| shape | GPU | kernel | fewest bytes ms | fewest exponentials ms | issue ms | above the floor |',
-             '|' + '---|' * 7]
+    lines = ['| shape | GPU | kernel | fewest bytes ms | fewest exponentials ms | issue ms, Triton '
+             f"{table[0]['triton']} | above the floor |", '|' + '---|' * 7]
     for r in table:
         issue = [f"{r['issue_ms']:.3f}", f"{r['above']:.2f}x"] if r['issue_ms'] else ['–', '–']
         lines.append('| ' + ' | '.join([r['shape'], r['gpu'], r['kernel'], f"{r['bytes_ms']:.3f}",
@@ -377,7 +382,7 @@ def main(argv=None) -> int:
     print(f'Triton {triton.__version__}: {len(rows)} compilations, {len(failed)} failed; {len(spills)} with spills at '
           'N = 16 on sm_80 and sm_90')
     if args.json:
-        args.json.write_text(json.dumps(dict(triton=triton.__version__, machine_code=rows, roofline=table), indent=1))
+        write_text(args.json, json.dumps(dict(triton=triton.__version__, machine_code=rows, roofline=table), indent=1))
     return 1 if failed or spills else 0
 
 

@@ -86,7 +86,7 @@ def _next(p, i, more, step, jump, length):
 
 @triton.jit
 def _at(p, stride, INDEX64: tl.constexpr):
-    """Offset of position p. In 32 bits, where the map's extent allows it, it costs half of the instructions."""
+    """Offset of position p. In 32 bits, where a map's extent allows it, it costs half of the instructions."""
     if INDEX64:
         return p.to(tl.int64) * stride
     else:
@@ -164,24 +164,24 @@ def scan_forward(
     mask_e = lane < width
     e = group * width + tl.minimum(lane, width - 1)  # lanes without a channel read the last one and write nothing
     n = tl.arange(0, NQ)[None, :, None] * NV + tl.arange(0, NV)[:, None, None] + 0 * lane
-    e64 = e.to(tl.int64)
-    n64 = n.to(tl.int64)
     mask = mask_e & (n < N)
     mask_n = None if FULL_N else n < N
     t_first = c * chunk
     t_last = tl.minimum(t_first + chunk, L)
-    u_p = u + b * u_b + e64 * u_e
-    z_p = z + b * z_b + e64 * z_e
-    acc_p = acc + b * o_b + e64 * o_e
-    out_p = out + b * o_b + e64 * o_e + k0.to(tl.int64) * part
+    # A lane's offsets (_o), 32 bits where they can be, stay apart from the pointers (_p), which all lanes share: this
+    # takes half of the registers.
+    u_p, u_o = u + b * u_b, _at(e, u_e, INDEX64)
+    z_p, z_o = z + b * z_b, _at(e, z_e, INDEX64)
+    acc_p, o_o = acc + b * o_b, _at(e, o_e, INDEX64)
+    out_p = out + b * o_b + k0.to(tl.int64) * part
     if SAVE_STATES:
         tl.store(states + tl.arange(0, 4), tl.zeros((4,), tl.float32))  # see `launch.states_shape`
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
-        d_p = delta + b * d_b + k * d_k + e64 * d_e
-        b_p = B + b * b_b + k * b_k + (e64 // per_b) * b_g + n64 * b_n
-        c_p = C + b * c_b + k * c_k + (e64 // per_c) * c_g + n64 * c_n
+        d_p, d_o = delta + b * d_b + k * d_k, _at(e, d_e, INDEX64)
+        b_p = B + b * b_b + k * b_k + (e // per_b).to(tl.int64) * b_g + n.to(tl.int64) * b_n
+        c_p = C + b * c_b + k * c_k + (e // per_c).to(tl.int64) * c_g + n.to(tl.int64) * c_n
         a2 = _rate(_load(A + k * a_k, e * a_e + n * a_n, mask))
         skip = 0.0
         shift = 0.0
@@ -208,11 +208,11 @@ def scan_forward(
             c_at = ()
             o_at = ()
             for s in tl.static_range(T):
-                us = us + (_load(u_p, _at(p, u_l, INDEX64)),)
-                ds = ds + (_load(d_p, _at(p, d_l, INDEX64)),)
-                o_at = o_at + (_at(p, o_l, INDEX64),)
+                us = us + (_load(u_p, u_o + _at(p, u_l, INDEX64)),)
+                ds = ds + (_load(d_p, d_o + _at(p, d_l, INDEX64)),)
+                o_at = o_at + (o_o + _at(p, o_l, INDEX64),)
                 if HAS_Z:
-                    zs = zs + (_load(z_p, _at(p, z_l, INDEX64)),)
+                    zs = zs + (_load(z_p, z_o + _at(p, z_l, INDEX64)),)
                 if KM > 1:
                     olds = olds + (_load(acc_p, o_at[s], mask_e & (kk > 0)),)
                 b_at = b_at + (_at(p, b_l, INDEX64),)
@@ -381,10 +381,8 @@ def scan_backward(
     first = (block % blocks_per_group) * (CR * CL) + cl * CR  # a thread's first channel
     lane = first + tl.arange(0, CR)[None, :, None, None] + 0 * nl
     e = group * width + tl.minimum(lane, width - 1)  # lanes without a channel read the last one and write nothing
-    e_first = (group * width + tl.minimum(first, width - 1)).to(tl.int64)
+    e_first = group * width + tl.minimum(first, width - 1)
     n = nl * NR + tl.arange(0, NR)[:, None, None, None] + 0 * cl
-    e64 = e.to(tl.int64)
-    n64 = n.to(tl.int64)
     mask_e = lane < width
     mask_n = None if FULL_N else n < N
     mask = mask_e & (n < N)
@@ -393,12 +391,18 @@ def scan_backward(
     once_n = (cl == 0) & (n >= 0 if FULL_N else n < N)
     t_first = c * chunk
     t_last = tl.minimum(t_first + chunk, L)
-    g_p = grad_out + b * g_b + e64 * g_e
-    u_p = u + b * u_b + e64 * u_e
-    z_p = z + b * z_b + e64 * z_e
-    gz_p = grad_z + b * gz_b + e64 * gz_e
-    acc_p = acc + b * gu_b + e64 * gu_e
-    gu_p = grad_u + b * gu_b + e64 * gu_e + k0.to(tl.int64) * part
+    g_p, g_o = grad_out + b * g_b, _at(e, g_e, INDEX64)
+    u_p, u_o = u + b * u_b, _at(e, u_e, INDEX64)
+    z_p, z_o = z + b * z_b, _at(e, z_e, INDEX64)
+    gz_p, gz_o = grad_z + b * gz_b, _at(e, gz_e, INDEX64)
+    acc_p = acc + b * gu_b
+    gu_p, gu_o = grad_u + b * gu_b + k0.to(tl.int64) * part, _at(e, gu_e, INDEX64)
+    d_o, gd_o = _at(e, d_e, INDEX64), _at(e, gd_e, INDEX64)
+    group_b, group_c = e_first // per_b, e_first // per_c
+    b_o = _at(group_b, b_g, INDEX64) + _at(n, b_n, INDEX64)
+    c_o = _at(group_c, c_g, INDEX64) + _at(n, c_n, INDEX64)
+    gb_o = _at(group_b, gb_g, INDEX64) + _at(n, gb_n, INDEX64)
+    gc_o = _at(group_c, gc_g, INDEX64) + _at(n, gc_n, INDEX64)
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
@@ -406,20 +410,18 @@ def scan_backward(
         skip = 0.0
         shift = 0.0
         if HAS_D:
-            skip = _load(D + k * D_k, e * D_e)
+            skip = _load(D + k * D_k, e * D_e, None, CR, 1)
         if HAS_BIAS:
-            shift = _load(bias + k * bias_k, e * bias_e)
+            shift = _load(bias + k * bias_k, e * bias_e, None, CR, 1)
         sum_A = tl.zeros((NR, CR, NL, CL), tl.float32)
         sum_D = tl.zeros((1, CR, NL, CL), tl.float32)
         sum_bias = tl.zeros((1, CR, NL, CL), tl.float32)
-        d_p = delta + b * d_b + k * d_k + e64 * d_e
-        gd_p = grad_delta + b * gd_b + k * gd_k + e64 * gd_e
-        group_b = e_first // per_b
-        group_c = e_first // per_c
-        b_p = B + b * b_b + k * b_k + group_b * b_g + n64 * b_n
-        c_p = C + b * c_b + k * c_k + group_c * c_g + n64 * c_n
-        gb_p = grad_B + (block % slots_b).to(tl.int64) * part_b + b * gb_b + k * gb_k + group_b * gb_g + n64 * gb_n
-        gc_p = grad_C + (block % slots_c).to(tl.int64) * part_c + b * gc_b + k * gc_k + group_c * gc_g + n64 * gc_n
+        d_p = delta + b * d_b + k * d_k
+        gd_p = grad_delta + b * gd_b + k * gd_k
+        b_p = B + b * b_b + k * b_k
+        c_p = C + b * c_b + k * c_k
+        gb_p = grad_B + (block % slots_b).to(tl.int64) * part_b + b * gb_b + k * gb_k
+        gc_p = grad_C + (block % slots_c).to(tl.int64) * part_c + b * gc_b + k * gc_k
         if B_CONST:
             sum_B = tl.zeros((NR, CR, NL, CL), tl.float32)
         if C_CONST:
@@ -436,43 +438,47 @@ def scan_backward(
             p, i, step, jump, length = _walk(segment * SAVE, code, H, W)
             if SAVE > T:
                 for _ in tl.range(segment * SAVE, t, disable_licm=True):
-                    dt = _step_size(_load(d_p, _at(p, d_l, INDEX64), None, CR, 1), shift, SOFTPLUS)
-                    x = _load(u_p, _at(p, u_l, INDEX64), None, CR, 1)
-                    bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR)
+                    dt = _step_size(_load(d_p, d_o + _at(p, d_l, INDEX64), None, CR, 1), shift, SOFTPLUS)
+                    x = _load(u_p, u_o + _at(p, u_l, INDEX64), None, CR, 1)
+                    bt = _load(b_p, b_o + _at(p, b_l, INDEX64), mask_n, B_VECTOR)
                     h = tl.exp2(dt * a2) * h + (dt * x) * bt
                     p, i = _next(p, i, True, step, jump, length)
             hs = (h,)
+            # Read once: u and delta take no more registers than their addresses would. B_t is read twice.
+            xs = ()
+            raws = ()
             dts = ()
             ps = ()
             for s in tl.static_range(T):
-                x = _load(u_p, _at(p, u_l, INDEX64), None, CR, 1)
-                dt = _step_size(_load(d_p, _at(p, d_l, INDEX64), None, CR, 1), shift, SOFTPLUS)
-                dt = tl.where(t + s < t_last, dt, 0.0)
-                bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR)
+                x = _load(u_p, u_o + _at(p, u_l, INDEX64), None, CR, 1)
+                raw = _load(d_p, d_o + _at(p, d_l, INDEX64), None, CR, 1) + shift
+                dt = tl.where(t + s < t_last, _softplus(raw) if SOFTPLUS else raw, 0.0)
+                bt = _load(b_p, b_o + _at(p, b_l, INDEX64), mask_n, B_VECTOR)
                 # + 0.0: or this decay and the same one below would be one value, held in registers in between
                 h = tl.exp2(dt * a2 + 0.0) * h + (dt * x) * bt
                 hs = hs + (h,)
+                xs = xs + (x,)
+                raws = raws + (raw,)
                 dts = dts + (dt,)
                 ps = ps + (p,)
                 # As in the forward, what lies past the end is the last position again, with a step of zero.
                 p, i = _next(p, i, t + s + 1 < t_last, step, jump, length)
             for s in tl.static_range(T - 1, -1, -1):
-                p = ps[s]
-                dt = dts[s]
-                x = _load(u_p, _at(p, u_l, INDEX64), None, CR, 1)
-                gy = tl.where(mask_e & (t + s < t_last), _load(g_p, _at(p, g_l, INDEX64), None, CR, 1), 0.0)
-                raw = _load(d_p, _at(p, d_l, INDEX64), None, CR, 1) + shift
-                bt = _load(b_p, _at(p, b_l, INDEX64), mask_n, B_VECTOR)
-                ct = _load(c_p, _at(p, c_l, INDEX64), mask_n, C_VECTOR)
+                p, x, dt = ps[s], xs[s], dts[s]
+                gy = _load(g_p, g_o + _at(p, g_l, INDEX64), None, CR, 1)
+                gy = tl.where((mask_e if CR == 1 else True) & (t + s < t_last), gy, 0.0)
+                bt = _load(b_p, b_o + _at(p, b_l, INDEX64), mask_n, B_VECTOR)
+                ct = _load(c_p, c_o + _at(p, c_l, INDEX64), mask_n, C_VECTOR)
                 if KM > 1:
-                    old = _load(acc_p, _at(p, gu_l, INDEX64), kk > 0, CR, 1)
+                    old = _load(acc_p, gu_o + _at(p, gu_l, INDEX64), kk > 0, CR, 1)
                 if HAS_Z:
                     y = _over_states(hs[s + 1] * ct)
                     if HAS_D:
                         y += skip * x
-                    gate = _load(z_p, _at(p, z_l, INDEX64), None, CR, 1)
+                    gate = _load(z_p, z_o + _at(p, z_l, INDEX64), None, CR, 1)
                     half = _sigmoid(gate)
-                    _store(gz_p, _at(p, gz_l, INDEX64), gy * y * half * (1.0 + gate * (1.0 - half)), once_e, CR, 1)
+                    g_gate = gy * y * half * (1.0 + gate * (1.0 - half))
+                    _store(gz_p, gz_o + _at(p, gz_l, INDEX64), g_gate, once_e, CR, 1)
                     gy = gy * gate * half
                 gh = carry + gy * ct
                 g_du = _over_states(gh * bt)
@@ -483,24 +489,24 @@ def scan_backward(
                 if C_CONST:
                     sum_C += gy * hs[s + 1]
                 else:
-                    _store(gc_p, _at(p, gc_l, INDEX64), _over_channels(gy * hs[s + 1]), once_n, GC_VECTOR)
+                    _store(gc_p, gc_o + _at(p, gc_l, INDEX64), _over_channels(gy * hs[s + 1]), once_n, GC_VECTOR)
                 if B_CONST:
                     sum_B += gh * (dt * x)
                 else:
-                    _store(gb_p, _at(p, gb_l, INDEX64), _over_channels(gh * (dt * x)), once_n, GB_VECTOR)
+                    _store(gb_p, gb_o + _at(p, gb_l, INDEX64), _over_channels(gh * (dt * x)), once_n, GB_VECTOR)
                 if SOFTPLUS:
-                    g_dt *= tl.exp2((raw - dt) * LOG2E)  # softplus'(x) = e^(x - softplus(x))
+                    g_dt *= tl.exp2((raws[s] - dt) * LOG2E)  # softplus'(x) = e^(x - softplus(x))
                 if HAS_BIAS:
                     sum_bias += tl.where(t + s < t_last, g_dt, 0.0)
-                _store(gd_p, _at(p, gd_l, INDEX64), g_dt, once_e, CR, 1)
+                _store(gd_p, gd_o + _at(p, gd_l, INDEX64), g_dt, once_e, CR, 1)
                 gx = g_du * dt
                 if HAS_D:
                     gx += gy * skip
                     sum_D += gy * x
                 if KM > 1:
                     gx += old
-                    _store(acc_p, _at(p, gu_l, INDEX64), gx, once_e & (kk < KM - 1), CR, 1)
-                _store(gu_p, _at(p, gu_l, INDEX64), gx, once_e & (kk == KM - 1), CR, 1)
+                    _store(acc_p, gu_o + _at(p, gu_l, INDEX64), gx, once_e & (kk < KM - 1), CR, 1)
+                _store(gu_p, gu_o + _at(p, gu_l, INDEX64), gx, once_e & (kk == KM - 1), CR, 1)
         row = (b * n_chunks + c) * K + k
         _store(grad_A + row * E * N, e * N + n, sum_A, mask)
         if B_CONST:

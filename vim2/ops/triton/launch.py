@@ -43,11 +43,18 @@ def _unusable() -> Optional[str]:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        numbers = tuple(int(part) for part in version.split('+')[0].split('.')[:2] if part.isdigit())
-        if numbers < OLDEST:
+        if _numbers(version) < OLDEST:
             return f"it needs triton {OLDEST[0]}.{OLDEST[1]} (PyTorch 2.9) or later, {package} {version} is installed"
+        if interpreting() and _numbers(version) < (3, 7) and _numbers(importlib.metadata.version('numpy')) >= (2, 4):
+            return (f"the interpreter of {package} {version} fails with NumPy 2.4 and later, by a fault of Triton's "
+                    "own (pip install 'numpy<2.4', or triton 3.7 or later)")
         break
     return None
+
+
+def _numbers(version: str) -> Tuple[int, ...]:
+    """(major, minor)"""
+    return tuple(int(part) for part in version.split('+')[0].split('.')[:2] if part.isdigit())
 
 
 def missing(tensors: Sequence[Tensor]) -> Optional[str]:
@@ -127,7 +134,9 @@ def forward_layout(states: int, wave: int, vector: int, steps: int = 4) -> Dict[
         wave: lanes of a warp.
     """
     padded = _power_of_two(states)
-    return dict(NV=vector, NQ=padded // vector, BE=wave, T=steps if padded <= 16 else 4)
+    if padded > 16 or states < padded:  # more states, or a mask for each, take registers
+        steps = 4 if states == padded else 2
+    return dict(NV=vector, NQ=padded // vector, BE=wave, T=steps)
 
 
 def backward_layout(states: int, wave: int, width: int, vector: int) -> Dict[str, int]:
@@ -185,10 +194,10 @@ class _Scan:
                              f'of {plan.chunk}')
         self.programs = self.batch * (1 if self.merge else self.K) * self.n_chunks * self.n_blocks
 
-    def index64(self, *outputs: Tensor) -> bool:
-        """Whether the maps of these tensors and of the inputs are too large for offsets of 32 bits."""
-        tensors = (self.u, self.delta, self.B, self.C, self.z, *outputs)
-        return max(_strides(t, 1)[-1] for t in tensors) * self.L >= 2 ** 31
+    def index64(self, *others: Tensor) -> bool:
+        """Whether an image (and direction) of these tensors or of the inputs is too large for offsets of 32 bits."""
+        maps = [t for t in (self.u, self.delta, self.B, self.C, self.z, *others) if t is not None and t.dim() > 3]
+        return any(_extent(t, 1 if t.dim() == 4 else 2) >= 2 ** 31 for t in maps)
 
     def vector(self, t: Tensor, limit: int) -> int:
         """Elements of B_t or C_t that one load may take."""
@@ -228,6 +237,11 @@ def _strides(t: Optional[Tensor], dims: int) -> Tuple[int, ...]:
         return (0,) * dims
     height, width = t.shape[-2:]
     return (*t.stride()[:-2], t.stride(-1) if width > 1 else t.stride(-2) if height > 1 else 0)
+
+
+def _extent(t: Tensor, first: int) -> int:
+    """Elements of memory that the dimensions from `first` on span."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape[first:], t.stride()[first:])) + 1
 
 
 def _vector(t: Tensor, unit: int, limit: int) -> int:
@@ -395,7 +409,8 @@ def backward(
     # Constant projections' channels differ in B and C, and their gradients' sums are tiles in registers.
     channels = 1 if scan.b_const or scan.c_const else min(
         _vector(t, dim, CHANNELS) for t, dim in (
-            (grad_out, 1), (u, 1), (delta, 2), (u if z is None else z, 1), (grad_u, 1), (grad_delta, 2)))
+            (grad_out, 1), (u, 1), (delta, 2), (z, 1), (grad_u, 1), (grad_delta, 2), (D, 1), (delta_bias, 1))
+        if t is not None)
     layout = backward_layout(scan.N, _wave(), scan.width, channels)
     scan.cut(layout['CR'] * layout['CL'], plan)
     end = None
@@ -442,7 +457,7 @@ def backward(
         HAS_Z=z is not None, HAS_END=end is not None, FULL_N=scan.full_n,
         GB_VECTOR=_vector(grad_B, 3, layout['NR'] if scan.full_n else 1),
         GC_VECTOR=_vector(grad_C, 3, layout['NR'] if scan.full_n else 1),
-        INDEX64=scan.index64(grad_out), **scan.flags, num_warps=1)
+        INDEX64=scan.index64(grad_out, *grads), **scan.flags, num_warps=1)
     _add_up(few, many)
     for grad, part, const in ((grad_B, to_B, scan.b_const), (grad_C, to_C, scan.c_const)):
         if const:
