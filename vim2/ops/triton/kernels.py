@@ -200,13 +200,8 @@ def scan_forward(
                     _store(states + 4 + ((b * K + k) * n_saved + t // SAVE - 1) * N * E, n * E + e, h, mask)
             # All loads of T steps first. Past the end the last position is read, computed with a step of zero and
             # written again: the same values, and no mask to carry.
-            us = ()
-            ds = ()
-            zs = ()
-            olds = ()
-            b_at = ()
-            c_at = ()
-            o_at = ()
+            us, ds, zs, olds = (), (), (), ()
+            b_at, c_at, o_at = (), (), ()
             for s in tl.static_range(T):
                 us = us + (_load(u_p, u_o + _at(p, u_l, INDEX64)),)
                 ds = ds + (_load(d_p, d_o + _at(p, d_l, INDEX64)),)
@@ -333,6 +328,17 @@ def chunk_carry(ends, lengths, A, initial, E, N, n_chunks, n_blocks, K, a_k, a_e
 
 
 @triton.jit
+def _lanes(pointer, group, of_group, n, of_n, VECTOR: tl.constexpr, INDEX64: tl.constexpr):
+    """Pointer and offsets of the states n of B or C, or of their gradients, of which one access takes VECTOR; added up
+    where each has an address of its own, which saves instructions."""
+    offset = _at(group, of_group, INDEX64) + _at(n, of_n, INDEX64)
+    if VECTOR == 1:
+        return pointer + offset, 0
+    else:
+        return pointer, offset
+
+
+@triton.jit
 def _over_channels(x):
     return tl.broadcast_to(tl.sum(tl.sum(x, axis=1, keep_dims=True), axis=3, keep_dims=True),
                            (x.shape[0], 1, x.shape[2], x.shape[3]))
@@ -387,6 +393,7 @@ def scan_backward(
     mask_n = None if FULL_N else n < N
     mask = mask_e & (n < N)
     # Masks that differ within a vector would split it.
+    mask_h = (mask_e if CR == 1 else lane >= 0) & (n < N)
     once_e = (nl == 0) & (mask_e if CR == 1 else lane >= 0)
     once_n = (cl == 0) & (n >= 0 if FULL_N else n < N)
     t_first = c * chunk
@@ -399,10 +406,6 @@ def scan_backward(
     gu_p, gu_o = grad_u + b * gu_b + k0.to(tl.int64) * part, _at(e, gu_e, INDEX64)
     d_o, gd_o = _at(e, d_e, INDEX64), _at(e, gd_e, INDEX64)
     group_b, group_c = e_first // per_b, e_first // per_c
-    b_o = _at(group_b, b_g, INDEX64) + _at(n, b_n, INDEX64)
-    c_o = _at(group_c, c_g, INDEX64) + _at(n, c_n, INDEX64)
-    gb_o = _at(group_b, gb_g, INDEX64) + _at(n, gb_n, INDEX64)
-    gc_o = _at(group_c, gc_g, INDEX64) + _at(n, gc_n, INDEX64)
     for kk in tl.range(0, KM, disable_licm=True):
         k = (k0 + kk).to(tl.int64)
         code = (codes >> (2 * k0 + 2 * kk)) & 3
@@ -418,10 +421,12 @@ def scan_backward(
         sum_bias = tl.zeros((1, CR, NL, CL), tl.float32)
         d_p = delta + b * d_b + k * d_k
         gd_p = grad_delta + b * gd_b + k * gd_k
-        b_p = B + b * b_b + k * b_k
-        c_p = C + b * c_b + k * c_k
+        b_p, b_o = _lanes(B + b * b_b + k * b_k, group_b, b_g, n, b_n, B_VECTOR, INDEX64)
+        c_p, c_o = _lanes(C + b * c_b + k * c_k, group_c, c_g, n, c_n, C_VECTOR, INDEX64)
         gb_p = grad_B + (block % slots_b).to(tl.int64) * part_b + b * gb_b + k * gb_k
+        gb_p, gb_o = _lanes(gb_p, group_b, gb_g, n, gb_n, GB_VECTOR, INDEX64)
         gc_p = grad_C + (block % slots_c).to(tl.int64) * part_c + b * gc_b + k * gc_k
+        gc_o = _at(group_c, gc_g, INDEX64) + _at(n, gc_n, INDEX64)  # added up, this one would make registers spill
         if B_CONST:
             sum_B = tl.zeros((NR, CR, NL, CL), tl.float32)
         if C_CONST:
@@ -434,7 +439,8 @@ def scan_backward(
         for back in tl.range(0, n_groups, disable_licm=True):
             t = t_first + (n_groups - 1 - back) * T
             segment = t // SAVE
-            h = _load(states + 4 + ((b * K + k) * n_saved + segment - 1) * N * E, n * E + e, mask & (segment > 0))
+            h = _load(states + 4 + ((b * K + k) * n_saved + segment - 1) * N * E, n * E + e, mask_h & (segment > 0),
+                      CR, 1)
             p, i, step, jump, length = _walk(segment * SAVE, code, H, W)
             if SAVE > T:
                 for _ in tl.range(segment * SAVE, t, disable_licm=True):
