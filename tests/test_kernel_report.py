@@ -50,13 +50,16 @@ def test_machine_code_of_a_map(root, tmp_path):
     done = run(root, 'tools/kernel_report.py', '--variants', 'map-infer-bf16', 'map-bf16', '--targets', 'sm_90',
                '--json', str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row['kernel']: row for row in json.loads(out.read_text())['machine_code']}
+    result = json.loads(out.read_text())
+    rows = {row['kernel']: row for row in result['machine_code']}
+    assert all(row['triton'] == result['triton'] for row in result['machine_code'] + result['roofline'])
     assert all(row['spills'] == 0 and 32 < row['registers'] <= 255 for row in rows.values())
     # One exponential a step in the forward; in the backward one for each time that a state is found, and the adjoint's.
     for kernel, exponentials in (('scan_forward', 1), ('scan_backward', 3.5)):
         mix = rows[kernel]['per_state']
         assert exponentials <= mix['exp'] < exponentials + 1.5 and mix['fma'] > 4
-        assert mix.get('shuffle', 0) < 5 and mix.get('shared', 0) < 0.1
+        # Triton 3.6 passes the saved states through shared memory, once for 4 steps.
+        assert mix.get('shuffle', 0) < 5 and mix.get('shared', 0) < (0.1 if result['triton'] >= '3.7' else 0.3)
 
 
 @needs_interpreter
