@@ -161,7 +161,7 @@ def tool_process(root):
 
     def run(name: str, *args, cwd=None, **env) -> Result:
         done = subprocess.run([sys.executable, str(root / 'tools' / f'{name}.py'), *map(str, args)], text=True,
-                              capture_output=True, cwd=cwd, env=tool_environment(**env), timeout=300)
+                              capture_output=True, cwd=cwd, env=tool_environment(**env))
         return Result(done.returncode, done.stdout, done.stderr)
 
     return run

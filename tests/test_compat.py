@@ -466,7 +466,7 @@ def script(tmp_path):
 
 
 def run(root, *args, cwd=None):
-    return subprocess.run([sys.executable, *map(str, args)], text=True, capture_output=True, cwd=cwd, timeout=120,
+    return subprocess.run([sys.executable, *map(str, args)], text=True, capture_output=True, cwd=cwd,
                           env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
 
 

@@ -74,7 +74,7 @@ def test_a_spawned_process_gives_the_same_bits(model, images, logits):
     queue = context.Queue()
     process = context.Process(target=call_model, args=(model, images, queue))
     process.start()
-    got = queue.get(timeout=240)
+    got = queue.get(timeout=3600)
     process.join(60)
     assert process.exitcode == 0
     assert torch.equal(torch.from_numpy(got), logits)
@@ -95,7 +95,7 @@ class Scanned(torch.utils.data.Dataset):
 def test_the_scan_in_loader_processes():
     """Forked from a process that has run it, whose threads they do not have."""
     want = torch.stack([Scanned()[i] for i in range(12)])
-    loader = torch.utils.data.DataLoader(Scanned(), batch_size=4, num_workers=2, timeout=120)
+    loader = torch.utils.data.DataLoader(Scanned(), batch_size=4, num_workers=2, timeout=3600)
     assert torch.equal(torch.cat(list(loader)), want)
 
 

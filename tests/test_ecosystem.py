@@ -143,7 +143,7 @@ def test_any_script_knows_the_models(tmp_path):
     (tmp_path / 'helper.py').write_text('')
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = [sys.executable, '-m', 'vim2', tmp_path / 'script.py', '--model', 'vim2_tiny']
-    done = subprocess.run(command, capture_output=True, text=True, env=tool_environment(PYTHONPATH=root), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=tool_environment(PYTHONPATH=root))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['--model', 'vim2_tiny'] True helper\n"
 

@@ -35,7 +35,7 @@ def forecaster(**kwargs):
 
 def run(code, *args, cwd=None):
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, env=tool_environment(), timeout=300)
+                          text=True, env=tool_environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 

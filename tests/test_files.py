@@ -70,7 +70,7 @@ def test_standard_output(tmp_path, redirect):
     out = tmp_path / 'out'
     with open(out, 'wb') as f:
         done = subprocess.run([sys.executable, '-c', code], stdout=f if redirect else subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=60)
+                              stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert (out.read_bytes() if redirect else done.stdout) == b'rows'
 

@@ -167,7 +167,7 @@ def test_two_processes_are_one_with_the_whole_batch(tool, root, camvid, tmp_path
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
          str(root / 'tools' / 'train_openmmlab.py'), config, '--launcher', 'pytorch', '--work-dir', two, *options,
          'train_dataloader.batch_size=2'],
-        text=True, capture_output=True, cwd=tmp_path, timeout=300,
+        text=True, capture_output=True, cwd=tmp_path,
         env=tool_environment(PYTHONPATH=str(root)))
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = weights(one, 3), weights(two, 3)

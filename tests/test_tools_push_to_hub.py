@@ -91,7 +91,7 @@ def test_push_and_use_in_other_processes(run_folder, npz_dir, tmp_path, tool, to
     hub.requests.clear()
     example = subprocess.run(
         [sys.executable, '-c', code + "torch.save(model(torch.ones(1, 3, 32, 32)), 'logits.pt')"], cwd=tmp_path,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True,
         env=tool_environment(**hub_environment(hub, tmp_path / 'fresh')))
     assert example.returncode == 0, example.stderr
     predicted = tool('predict', picture, '--model', f'local-dir:{run_folder / "model"}', '--topk', 4, '--json')

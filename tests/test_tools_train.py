@@ -59,7 +59,7 @@ def trained(npz_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp('trained')
     command = [sys.executable, str(common.__file__).replace('_common', 'train'),
                *options(npz_dir, out, '--epochs', 6, '--lr', '3e-3', '--model-ema', '--model-ema-decay', 0.9)]
-    done = subprocess.run(command, capture_output=True, text=True, env=tool_environment(), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=tool_environment())
     assert done.returncode == 0, done.stderr
     return out / 'run', done.stdout
 
@@ -426,10 +426,9 @@ def test_two_processes_are_one(npz_dir, tmp_path, tool, root):
              '_common.run(train.main)\n')
     (tmp_path / 'dies.py').write_text(probe)
     done = subprocess.run([*torchrun[:-1], str(tmp_path / 'dies.py'), *arguments], capture_output=True, text=True,
-                          env=tool_environment(PYTHONPATH=str(root / 'tools')), timeout=300)
+                          env=tool_environment(PYTHONPATH=str(root / 'tools')))
     assert done.returncode != 0 and load(last)['progress']['updates'] == 6, done.stderr
-    done = subprocess.run([*torchrun, '--resume', str(last)], capture_output=True, text=True, env=tool_environment(),
-                          timeout=300)
+    done = subprocess.run([*torchrun, '--resume', str(last)], capture_output=True, text=True, env=tool_environment())
     assert done.returncode == 0, done.stderr
     result = tool('train', *options(npz_dir, tmp_path / 'one', '-b', 16, *more))
     assert result.code == 0, result.err
