@@ -75,7 +75,7 @@ class MambaBackbone(BaseModule):
     def __init__(
             self,
             model_name: str = 'vim2_tiny',
-            out_indices: Sequence[int] = (0, 1, 2, 3),
+            out_indices: Optional[Sequence[int]] = None,
             frozen_stages: int = -1,
             norm_eval: bool = False,
             norm_cfg: Optional[Dict[str, Any]] = dict(type='LN'),  # noqa: B006
@@ -88,10 +88,12 @@ class MambaBackbone(BaseModule):
         """
         Args:
             model_name: a registered ViM2, VMamba or Vim: `timm.list_models(module='vmamba')`.
-            out_indices: stages (of Vim: blocks), from 0, whose outputs are the levels, in ascending order.
+            out_indices: stages (of Vim: blocks), from 0, whose outputs are the levels, in ascending order. Default: all
+                stages, of Vim the last block.
             frozen_stages: -1 trains everything, 0 freezes the stem, n > 0 the stem and the first n stages with their
                 norms: no gradient, and evaluation mode (no stochastic depth).
-            norm_eval: keep batch norms in evaluation mode. The models have none; it concerns those of `norm_cfg`.
+            norm_eval: keep batch norms in evaluation mode, those of convolutional blocks (`conv_depths`) and of
+                `norm_cfg`.
             norm_cfg: norm of each level's output: 'LN' over the channels, any other layer of mmcv over the map, or
                 None for none. They start at one and zero, whatever weights are loaded.
             with_cp: recompute each mixer in the backward pass instead of keeping its activations.
@@ -114,6 +116,8 @@ class MambaBackbone(BaseModule):
         self._net_kwargs = dict(model_kwargs or {}, in_chans=in_channels, drop_path_rate=drop_path_rate)
         self.net = self._create(model_name, **self._net_kwargs)
         num_stages = len(self._stages(self.net))
+        if out_indices is None:
+            out_indices = range(num_stages - 1 if isinstance(self.net, Vim) else 0, num_stages)
         self.out_indices = tuple(out_indices)
         if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)) \
                 or not all(isinstance(i, int) and 0 <= i < num_stages for i in self.out_indices):

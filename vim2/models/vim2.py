@@ -311,7 +311,8 @@ _ARCHITECTURES = {
     'vim2_small': _cfg(),
     'vim2_base': _cfg(),
     'vim2_mlp_tiny': _cfg(),
-    'vim2_nano_patch2_32': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    'vim2_nano_patch2_32': _cfg(
+        input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0, first_conv='stem.conv1'),
     'vim2_micro_patch4_64': _cfg(
         input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0, first_conv='stem.conv1'),
     'test_vim2': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
@@ -353,10 +354,10 @@ def vim2_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
 
 @register_model
 def vim2_nano_patch2_32(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
-    """A small ViM2 for images of 32 x 32, with a stem of stride 2."""
+    """A small ViM2 for images of 32 x 32: 16 x 16, 8 x 8 and 4 x 4 tokens, convolutions before and between them."""
     model_args = dict(
-        patch_size=2, dims=(32, 64, 128, 256), token_depths=(2, 2, 2, 2), channel_depths=(1, 1, 1, 1),
-        d_state=4, token_grid=4)
+        patch_size=2, stem='conv', downsample='conv', dims=(64, 128, 256), conv_depths=(1, 1, 0),
+        token_depths=(1, 2, 2), channel_depths=(0, 1, 1), token_expand=1., channel_expand=1., d_state=4, token_grid=4)
     return _create_vim2('vim2_nano_patch2_32', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
