@@ -523,6 +523,8 @@ def exercise(cfg, scope):
         cfg.test_cfg.rcnn.max_per_img = 10
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(cfg)).train()
+        if cfg.type == 'DINO':
+            model.init_weights()  # until then its level embeddings are whatever the memory held
         # DINO chooses 900 places, and a small image has fewer
         data = samples(scope, mask='mask' in str(cfg.get('roi_head', '')), size=256 if cfg.type == 'DINO' else 64)
         inputs = model.data_preprocessor(copy.deepcopy(data), True)
