@@ -69,8 +69,10 @@ def test_peft(tmp_path):
         torch.testing.assert_close(model.merge_and_unload().eval()(x), again(x), rtol=1e-4, atol=1e-5)
 
 
-def test_accelerate(tmp_path):
+def test_accelerate(tmp_path, monkeypatch):
     accelerate = package('accelerate')
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)  # what a launcher, or another test in this process, left: no group here
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision='bf16')
     model = timm.create_model('test_vim2', num_classes=3)
     data = torch.utils.data.TensorDataset(batch(8), torch.arange(8) % 3)
