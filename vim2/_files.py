@@ -27,10 +27,11 @@ __all__ = [
 
 _LOCK = '.lock'
 _OWNER = '.lock-owner'
-_SUM = re.compile(rb'sha256:([0-9a-f]{64})')
 _SUM_START = b'sha256:'
 _SUM_LENGTH = len(_SUM_START) + 64
 _EMPTY_COMMENT = b'\0\0'  # the last field of a zip archive without one: its length
+_ZIP_END, _ZIP_END_LENGTH = b'PK\5\6', 22  # the record that the comment follows
+_COMMENT_LENGTH = _SUM_LENGTH.to_bytes(len(_EMPTY_COMMENT), 'little')
 
 
 def write(path: Union[str, os.PathLike], fill: Callable[[str], object]) -> None:
@@ -96,7 +97,7 @@ def write_torch(path: Union[str, os.PathLike], state: Any) -> None:
                 raise cause or e from None
         with open(tmp, 'rb+') as f:
             f.seek(-len(_EMPTY_COMMENT), os.SEEK_END)
-            f.write(_SUM_LENGTH.to_bytes(len(_EMPTY_COMMENT), 'little'))
+            f.write(_COMMENT_LENGTH)
             f.seek(0)
             digest = _sha256(f, os.fstat(f.fileno()).st_size)
             f.seek(0, os.SEEK_END)
@@ -116,17 +117,18 @@ def check_torch(path: Union[str, os.PathLike]) -> None:
     """
     problem = None
     with open(path, 'rb') as f:
-        if f.read(2) == b'PK':
-            f.seek(0, os.SEEK_END)
-            end = max(f.tell() - _SUM_LENGTH, 0)
-            f.seek(end)
-            found = _SUM.fullmatch(f.read())
-            if found:
-                f.seek(0)
-                if _sha256(f, end) != found[1]:
-                    problem = 'its SHA-256 sum is not the one that it was written with'
-            else:
-                problem = _zip_problem(f)
+        zipped = f.read(2) == b'PK'
+        f.seek(0, os.SEEK_END)
+        end = max(f.tell() - _SUM_LENGTH, _ZIP_END_LENGTH)
+        f.seek(end - _ZIP_END_LENGTH)
+        zip_end, comment = f.read(_ZIP_END_LENGTH), f.read()
+        # either tells that there is a sum, so that damage to the other, or to the sum, is not taken for none
+        if zip_end.startswith(_ZIP_END) and zip_end.endswith(_COMMENT_LENGTH) or comment.startswith(_SUM_START):
+            f.seek(0)
+            if comment != _SUM_START + _sha256(f, end):
+                problem = 'its SHA-256 sum is not the one that it was written with'
+        elif zipped:
+            problem = _zip_problem(f)
     if problem:
         raise Damaged(problem)
 
