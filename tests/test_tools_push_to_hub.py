@@ -16,6 +16,7 @@ from conftest import hub_environment, tool_environment
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
+import _sources
 import push_to_hub
 import vim2
 from _common import UserError
@@ -136,9 +137,9 @@ def test_training_command_is_the_run(run_folder):
     """Parsed again it gives the run's options, but for those of one machine."""
     import train
     options = yaml.safe_load((run_folder / 'args.yaml').read_text())
-    command = push_to_hub.training_command(options)
+    command = _sources.training_command(options)
     args = vars(train.get_parser().parse_args(command.split()[2:]))
-    free = {*push_to_hub._NOT_IN_COMMAND, 'data_dir'}
+    free = {*_sources._NOT_IN_COMMAND, 'data_dir'}
     assert {k: v for k, v in args.items() if k not in free} == {k: v for k, v in options.items() if k not in free}
     assert args['data_dir'] == 'DATA'
 
@@ -151,7 +152,7 @@ def test_training_command_of_a_recipe(root):
     args = parser.parse_args(['--config', str(recipe), '--data-dir', '/home/somebody/data', '--epochs', '3',
                               '--no-model-ema', '--no-aug', '--initial-checkpoint', '/home/somebody/start.pth',
                               '--model-kwargs', 'd_state=8', 'token_mixer=mlp'])
-    command = push_to_hub.training_command(vars(args))
+    command = _sources.training_command(vars(args))
     assert command == ('python tools/train.py --config tools/recipes/cifar10_nano.yaml --data-dir DATA '
                        '--initial-checkpoint start.pth --model-kwargs d_state=8 token_mixer=mlp --epochs 3 --no-aug '
                        '--no-model-ema')
@@ -491,7 +492,7 @@ def test_openmmlab_mistakes(mmengine_checkpoint, tool, tmp_path):
     ("model = dict(backbone=dict(type='ResNet', model_name='vim2_tiny'))", (None, {})),
     ('model = dict(backbone=__import__("os").system("touch x"))', (None, {})), ('not python (', (None, {}))])
 def test_backbone_of_a_configuration(text, expected):
-    assert push_to_hub.backbone_of(push_to_hub.read_config(text)) == expected
+    assert _sources.backbone_of(_sources.read_config(text)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- forecasters
