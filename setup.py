@@ -60,7 +60,8 @@ EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + EXTRAS['export'] + EXTRAS
     'mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26']  # make docs
 
 # Folders of configs and where a wheel has them; vim2.openmmlab.load_config finds them in both places.
-CONFIGS = {'vim2.configs.detection': 'detection/configs', 'vim2.configs.segmentation': 'segmentation/configs'}
+CONFIGS = {f'vim2.configs.{task}{part}': f'{task}/configs{part.replace(".", "/")}'
+           for task in ('detection', 'segmentation') for part in ('', '._base_')}
 
 setup(
     name='vim2',

@@ -2,7 +2,7 @@
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     'mmdet::_base_/datasets/coco_detection.py',
-    'mmdet::_base_/schedules/schedule_1x.py',
+    './_base_/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',
     'mmdet::retinanet/retinanet_tta.py',  # --tta
 ]
@@ -11,6 +11,3 @@ custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
 model = dict(
     backbone=dict(_delete_=True, type='ViM2', model_name='vim2_tiny', drop_path_rate=0.2),
     neck=dict(in_channels=[96, 192, 384, 768]))
-optim_wrapper = dict(
-    constructor='ViM2OptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))

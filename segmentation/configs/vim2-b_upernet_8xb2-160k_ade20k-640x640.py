@@ -3,7 +3,7 @@ _base_ = [
     'mmseg::_base_/models/upernet_swin.py',
     'mmseg::_base_/datasets/ade20k_640x640.py',
     'mmseg::_base_/default_runtime.py',
-    'mmseg::_base_/schedules/schedule_160k.py',
+    './_base_/schedule_160k.py',
 ]
 custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
 
@@ -13,11 +13,3 @@ model = dict(
     decode_head=dict(in_channels=[128, 256, 512, 1024], num_classes=150),
     auxiliary_head=dict(in_channels=512, num_classes=150))
 train_dataloader = dict(batch_size=2)
-optim_wrapper = dict(
-    constructor='ViM2OptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', eta_min=0., power=1., by_epoch=False, begin=1500, end=160000),
-]
-auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -3,7 +3,7 @@ _base_ = [
     'mmseg::_base_/models/upernet_swin.py',
     'mmseg::_base_/datasets/cityscapes.py',
     'mmseg::_base_/default_runtime.py',
-    'mmseg::_base_/schedules/schedule_80k.py',
+    './_base_/schedule_80k.py',
 ]
 custom_imports = dict(imports=['vim2.openmmlab'], allow_failed_imports=False)
 
@@ -11,11 +11,3 @@ model = dict(
     data_preprocessor=dict(size=(512, 1024)),
     backbone=dict(_delete_=True, type='ViM2', model_name='vim2_tiny', drop_path_rate=0.3))
 train_dataloader = dict(batch_size=2)
-optim_wrapper = dict(
-    constructor='ViM2OptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', eta_min=0., power=1., by_epoch=False, begin=1500, end=80000),
-]
-auto_scale_lr = dict(enable=False, base_batch_size=16)
