@@ -2,6 +2,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -9,12 +11,13 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES, colored_image, jpeg, write_npz
+from conftest import CLASSES, colored_image, jpeg, tool_environment, write_npz
 from PIL import Image
 
 import _common as common
 import _data as data
 import _datasets as datasets
+import _images
 import train
 from _common import UserError
 
@@ -393,20 +396,37 @@ def test_parts_of_a_csv_have_the_classes_of_the_whole(tmp_path):
         datasets.open_dataset('csv', root, 'val')
 
 
+def test_loader_processes_do_not_keep_a_program_from_ending(npz_dir):
+    """Though somebody still holds them: they ignore the signal by which Python would end them, and wait for it."""
+    script = f'''
+import sys
+sys.path.insert(0, {os.path.dirname(data.__file__)!r})
+import torch, timm, _data, _datasets
+dataset = _datasets.open_dataset('npz', {str(npz_dir)!r}, 'test')
+config = timm.data.resolve_data_config(model=timm.create_model('test_vit'))
+batches = iter(_data.eval_loader(dataset, config, batch_size=1, device=torch.device('cpu'), workers=2))
+next(batches)
+sys.modules['holder'] = batches
+'''
+    result = subprocess.run([sys.executable, '-c', script], env=tool_environment(), capture_output=True, text=True,
+                            timeout=600)  # where it hangs, it does so for good
+    assert result.returncode == 0, result.stderr
+
+
 # ---------------------------------------------------------------------------------------------------- costs, bad images
 
 def test_an_npz_is_judged_before_it_is_read(tmp_path, monkeypatch):
     """A few kilobytes that would unpack to gigabytes are refused by what the file says about itself."""
     rng = np.random.default_rng(0)
     files = [jpeg(colored_image(y, rng)) for y in range(4)]
-    monkeypatch.setattr(datasets, '_SMALL', 1 << 20)  # 64 MiB take seconds to write
+    monkeypatch.setattr(_images, '_SMALL', 1 << 20)  # 64 MiB take seconds to write
     write_npz(tmp_path / 'bomb.npz', files, range(4), override=dict(data=np.zeros(5 << 20, np.uint8)))
     assert (tmp_path / 'bomb.npz').stat().st_size < 10_000
     write_npz(tmp_path / 'large.npz', files, range(4))
     monkeypatch.setattr(np, 'load', lambda *args, **kwargs: pytest.fail('it was read'))
     with pytest.raises(UserError, match=r'bomb.npz: data unpacks from [\d,]+ to 5,24\d,\d+ bytes, .*: refused'):
         datasets.open_dataset('npz', str(tmp_path), 'bomb')
-    monkeypatch.setattr(datasets, 'physical_memory', lambda: 1000)
+    monkeypatch.setattr(_images, 'physical_memory', lambda: 1000)
     with pytest.raises(UserError, match='large.npz takes 0.0 GB, the machine has 0.0 GB of memory'):
         datasets.open_dataset('npz', str(tmp_path), 'large')
 

@@ -147,8 +147,8 @@ def _init_worker(worker_id: int) -> None:
             os._exit(0)
 
 
-def end_workers_at_exit() -> None:
-    """Let no loader process live on when this one ends, by an error or a signal."""
+def _end_workers_at_exit() -> None:
+    """Let no loader process live on, or be waited for, when this one ends: workers ignore multiprocessing's SIGTERM."""
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
 
@@ -177,6 +177,7 @@ def train_loader(
         pin_memory: bool = False,
 ) -> Tuple[PrefetchLoader, EpochBatches]:
     """Normalised float batches on the device, in an order that `EpochBatches` sets; and that sampler."""
+    _end_workers_at_exit()
     dataset.transform = transform
     sampler = EpochBatches(len(dataset), batch_size, seed, rank, world_size)
     if not len(sampler):
@@ -192,6 +193,7 @@ def train_loader(
 def streaming_loader(dataset, *, batch_size: int, transform, mean, std, channels: int, device: torch.device,
                      workers: int, seed: int, pin_memory: bool = False) -> PrefetchLoader:
     """Batches of a data set that is read in its own order: a function of `seed_stream`, as far as its reader is."""
+    _end_workers_at_exit()
     dataset.transform = transform
     dataset.set_loader_cfg(num_workers=workers)
     loader = torch.utils.data.DataLoader(
@@ -209,6 +211,7 @@ def seed_stream(loader: PrefetchLoader, *key: int) -> None:
 def eval_loader(dataset, data_config: dict, *, batch_size: int, device: torch.device, workers: int,
                 distributed: bool = False, pin_memory: bool = False, persistent_workers: bool = False):
     """timm's evaluation loader."""
+    _end_workers_at_exit()
     loader = create_loader(
         dataset, input_size=data_config['input_size'], batch_size=batch_size, is_training=False,
         interpolation=data_config['interpolation'], mean=data_config['mean'], std=data_config['std'],

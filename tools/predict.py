@@ -32,7 +32,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
 import _common as common
-import _datasets as datasets
+import _images
 from _common import UserError
 
 _MAX_DOWNLOAD = 64 * 2 ** 20  # bytes
@@ -181,7 +181,7 @@ def read_picture(source: str, timeout: float) -> Image.Image:
         else:
             _check_file(source)
             file = source
-        with datasets.open_image(file) as image:
+        with _images.open_image(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith('I;16') or image.mode == 'I':
                 values = np.asarray(image).astype(np.int64)
@@ -197,7 +197,7 @@ def read_picture(source: str, timeout: float) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise Unreadable('not a picture in a format that Pillow knows') from None
-    except (Image.DecompressionBombError, datasets.TooLarge) as e:
+    except (Image.DecompressionBombError, _images.TooLarge) as e:
         raise Unreadable(f'too large: {common.one_line(e, 160)}') from None
     except Exception as e:  # PIL's decoders raise many types
         raise Unreadable(f'damaged picture: {common.one_line(e, 160)}') from None

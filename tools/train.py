@@ -883,7 +883,6 @@ class Trainer:
 def main() -> int:
     args, checkpoint = parse_args()
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
-    data.end_workers_at_exit()
     with Signals() as signals:
         trainer = Trainer(args, checkpoint, signals)
         try:

@@ -117,7 +117,6 @@ def main() -> None:
         except Exception as e:  # ONNX Runtime's errors have no class in common
             raise UserError(f'{args.onnx}: {common.one_line(e)}') from None
     run = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-    data.end_workers_at_exit()
     autocast = common.autocast(device, args.amp, args.amp_dtype)
     result = evaluate(run, loader, device, autocast, memory_format=memory_format, progress=not args.no_progress)
     height, width = config['input_size'][-2:]
