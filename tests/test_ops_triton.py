@@ -132,6 +132,7 @@ CASES = {
     'groups wider than a block': dict(batch=1, channels=80, height=1, width=3, states=2, directions=[0], groups=(2, 1)),
     'offsets of 64 bits': dict(batch=1, channels=3, height=3, width=2, states=3, directions=[1, 2], groups=(3, 1),
                                layout='odd', wide=True),
+    'many blocks of channels, one state': dict(batch=1, channels=192, height=1, width=2, states=1, directions=[0]),
     'many images': dict(batch=33, channels=2, height=1, width=2, states=1, directions=[0]),
     'constant B, C': dict(batch=2, channels=6, height=1, width=5, states=2, directions=[0], groups=(6, 3),
                           constant=(True, True), gate=True),

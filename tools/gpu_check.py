@@ -317,14 +317,15 @@ def stage_timings(args) -> Iterator[dict]:
 
 
 # The designs that counting instructions did not decide between.
-CHOICES = (dict(), dict(SAVE=8), dict(STEPS=8), dict(SAVE=32), dict(CHANNELS=1), dict(merge=False), dict(merge=True))
+CHOICES = (dict(), dict(SAVE=8), dict(SAVE=4), dict(STEPS=8), dict(SAVE=32), dict(CHANNELS=1), dict(merge=False),
+           dict(merge=True))
 
 
 def stage_plans(args) -> Iterator[dict]:
     shapes = {'map': TINY['map']} if args.dry_run else {label: SHAPES[label] for label in (
         'token mixer, stage 1 at 224', 'token mixer, stage 3 at 224', 'channel mixer, stage 3 at 224',
         'small net, 4x4')}
-    jobs = [(choice, label, shape) for choice in (CHOICES[:3] if args.dry_run else CHOICES)
+    jobs = [(choice, label, shape) for choice in (CHOICES[:4] if args.dry_run else CHOICES)
             for label, shape in shapes.items() if 'merge' not in choice or shape.directions > 1]
     _compile_side_by_side(jobs, args)
     for choice, label, shape in jobs:
@@ -427,9 +428,9 @@ def stage_train(args) -> Iterator[dict]:
                    tail=(error.stdout or b'').decode(errors='replace')[-2000:])
 
 
-STAGES = {  # and the seconds after which a stage starts nothing more
-    'correct': (stage_correct, 90), 'operator': (stage_operator, 30), 'timings': (stage_timings, 40),
-    'plans': (stage_plans, 40), 'models': (stage_models, 60), 'compile': (stage_compile, 120),
+STAGES = {  # and the seconds, compilation included, after which a stage starts nothing more
+    'correct': (stage_correct, 90), 'operator': (stage_operator, 30), 'timings': (stage_timings, 60),
+    'plans': (stage_plans, 90), 'models': (stage_models, 60), 'compile': (stage_compile, 120),
     'train': (stage_train, float('inf')),
 }
 
@@ -466,7 +467,8 @@ def failures(result: dict) -> List[dict]:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda', help="'cuda' (ROCm too) or 'xpu' (default: cuda)")
-    parser.add_argument('--minutes', type=float, default=10, help='for everything; the train stage takes what is left')
+    parser.add_argument('--minutes', type=float, default=8,
+                        help='for everything; the train stage takes what is left (default: 8)')
     parser.add_argument('--stages', nargs='+', default=list(STAGES), choices=list(STAGES))
     parser.add_argument('--train-command', help='what the train stage runs, in a shell, in the repository')
     parser.add_argument('--workers', type=int, default=12, help='processes that compile side by side (default: 12)')

@@ -5,13 +5,14 @@ The launches are recorded from `vim2.ops.triton` itself, run on meta tensors of 
 run, with which grid and compile-time constants. Each is compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 with
 the Triton that is installed, and its machine code read with the tools of Triton's wheel.
 
-    python tools/kernel_report.py                       # every variant, every target, rooflines: some minutes
+    python tools/kernel_report.py                       # every variant, every target, rooflines: 15 minutes
     python tools/kernel_report.py --variants map-bf16 --targets sm_90
-    TRITON_CACHE_DIR=build/kernels python tools/kernel_report.py --table    # keeps what is compiled
+    TRITON_CACHE_DIR=build/kernels python tools/kernel_report.py --table    # keeps what is compiled: interrupt, go on
 """
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -109,8 +110,9 @@ def inputs(shape: Shape, dtype: torch.dtype, time_contiguous=False, gate=False, 
 
 
 def record(shape: Shape, dtype: torch.dtype, plan: Optional[scan.Plan] = None, last=False, training=True, device='meta',
-           processors=132, **layout) -> List[Launch]:
-    """The launches of one forward and, if training, one backward, on a GPU of that many multiprocessors."""
+           processors=132, wave=32, **layout) -> List[Launch]:
+    """The launches of one forward and, if training, one backward, on a GPU of that many multiprocessors, with warps of
+    `wave` lanes."""
     launches = []
 
     def launch(kernel, programs, *args, num_warps, **constants):
@@ -120,8 +122,8 @@ def record(shape: Shape, dtype: torch.dtype, plan: Optional[scan.Plan] = None, l
         launches.append(Launch(kernel, programs, dict(zip(runtime, args)), constants, num_warps))
 
     data, directions = inputs(shape, dtype, device=device, **layout), list(range(shape.directions))
-    originals = scan._launch, scan._processors
-    scan._launch, scan._processors = launch, lambda device: processors
+    originals = scan._launch, scan._processors, scan._wave
+    scan._launch, scan._processors, scan._wave = launch, lambda device: processors, lambda: wave
     try:
         _, _, states = scan.forward(*data, True, directions, last, training, plan=plan)
         if training:
@@ -129,7 +131,7 @@ def record(shape: Shape, dtype: torch.dtype, plan: Optional[scan.Plan] = None, l
                                     device=device) if last else None
             scan.backward(torch.empty_like(data[0]), grad_last, *data, states, True, directions, plan=plan)
     finally:
-        scan._launch, scan._processors = originals
+        scan._launch, scan._processors, scan._wave = originals
     return launches
 
 
@@ -235,27 +237,28 @@ def per_state(launch: Launch, machine: Dict[str, object]) -> Optional[Dict[str, 
 
 # Report --------------------------------------------------------------------------------------------------------------
 
-def variants() -> Dict[str, List[Launch]]:
-    """Every kernel in every combination of features that changes its code by more than a predicated load. Between the
-    two half precisions only conversions differ."""
-    Plan = scan.Plan
+def variants(wave: int = 32) -> Dict[str, List[Launch]]:
+    """Every kernel in every combination of features that changes its code by more than a predicated load, for warps of
+    `wave` lanes. Between the two half precisions only conversions differ."""
+    Plan, record_ = scan.Plan, functools.partial(record, wave=wave)
     sequence, image = Shape(2, 192, 1, 256), Shape(2, 192, 14, 14, 16, 4)
     out = {}
     for name, dtype in DTYPES.items():
-        out[f'map-{name}'] = record(image, dtype, Plan(True, 208), last=True)
+        out[f'map-{name}'] = record_(image, dtype, Plan(True, 208), last=True)
         if name == 'fp16':
             continue
-        out[f'sequence-{name}'] = record(sequence, dtype, Plan(True, 256))
-        out[f'sequence-gate-last-{name}'] = record(sequence, dtype, Plan(True, 256), gate=True, last=True)
-        out[f'time-{name}'] = record(sequence, dtype, Plan(True, 256), time_contiguous=True)
-        out[f'chunked-{name}'] = record(sequence, dtype, Plan(True, 128))
-        out[f'constant-{name}'] = record(sequence, dtype, Plan(True, 256), constant=True)
-        out[f'map-infer-{name}'] = record(image, dtype, Plan(True, 208), training=False)
-        out[f'map-apart-{name}'] = record(image, dtype, Plan(False, 208))
-        out[f'ragged-{name}'] = record(Shape(2, 100, 1, 256, 12), dtype, Plan(True, 256))
-    out['large-bf16'] = record(Shape(2, 2 ** 19, 1, 2 ** 13), torch.bfloat16)  # offsets of 64 bits
-    for n in (1, 4, 8, 32, 64):
-        out[f'states-{n}'] = record(dataclasses.replace(image, states=n), torch.bfloat16, Plan(True, 208))
+        out[f'sequence-{name}'] = record_(sequence, dtype, Plan(True, 256))
+        out[f'sequence-gate-last-{name}'] = record_(sequence, dtype, Plan(True, 256), gate=True, last=True)
+        out[f'time-{name}'] = record_(sequence, dtype, Plan(True, 256), time_contiguous=True)
+        out[f'chunked-{name}'] = record_(sequence, dtype, Plan(True, 128))
+        out[f'constant-{name}'] = record_(sequence, dtype, Plan(True, 256), constant=True)
+        out[f'map-infer-{name}'] = record_(image, dtype, Plan(True, 208), training=False)
+        out[f'map-apart-{name}'] = record_(image, dtype, Plan(False, 208))
+        out[f'ragged-{name}'] = record_(Shape(2, 100, 1, 256, 12), dtype, Plan(True, 256))
+        out[f'states-1-{name}'] = record_(dataclasses.replace(image, states=1), dtype, Plan(True, 208))
+    out['large-bf16'] = record_(Shape(2, 2 ** 19, 1, 2 ** 13), torch.bfloat16)  # offsets of 64 bits
+    for n in (4, 8, 32, 64):
+        out[f'states-{n}-bf16'] = record_(dataclasses.replace(image, states=n), torch.bfloat16, Plan(True, 208))
     return out
 
 
@@ -290,21 +293,21 @@ def spilled(rows: List[Dict[str, object]]) -> List[Dict[str, object]]:
 
 
 def machine_code_table(rows: List[Dict[str, object]]) -> str:
-    """Markdown: registers / spill instructions / instructions per state and step, per variant, kernel and target."""
-    targets = [t for t in TARGETS if any(r['target'] == t for r in rows)]
-    heads = [f"{t}, Triton {rows[0]['triton']}" for t in targets]
-    lines = ['| variant | kernel | ' + ' | '.join(heads) + ' |', '|' + '---|' * (2 + len(targets))]
-
-    def cell(r):
-        if 'error' in r:
-            return 'failed'
-        mix = f" / {sum(r['per_state'].values()):.1f}" if r['per_state'] else ''
-        return f"{r['registers']} / {r['spills']}{mix}"
-
-    cells = {(r['variant'], r['kernel'], r['target']): cell(r) for r in rows}
-    for variant, kernel in dict.fromkeys((r['variant'], r['kernel']) for r in rows):
-        lines.append(f'| {variant} | {kernel} | '
-                     + ' | '.join(cells.get((variant, kernel, t), '–') for t in targets) + ' |')
+    """Markdown: registers / spill instructions / bytes of shared memory / instructions per state and step, per variant
+    and kernel, and per target and Triton."""
+    columns = sorted({(list(TARGETS).index(r['target']), r['target'], r['triton']) for r in rows})
+    heads = [f'{target}, Triton {triton}' for _, target, triton in columns]
+    lines = ['| variant | kernel | ' + ' | '.join(heads) + ' |', '|' + '---|' * (2 + len(heads))]
+    cells, count = {}, collections.Counter()
+    for r in rows:
+        key = r['variant'], r['kernel'], r['target'], r['triton']
+        count[key] += 1  # a pass has its own of a kernel that both launch
+        kernel = r['kernel'] if count[key] == 1 else f"{r['kernel']}, {count[key]}"
+        mix = f" / {sum(r['per_state'].values()):.1f}" if r.get('per_state') else ''
+        text = 'failed' if 'error' in r else f"{r['registers']} / {r['spills']} / {r['shared']}{mix}"
+        cells.setdefault((r['variant'], kernel), {})[key[2:]] = text
+    for (variant, kernel), row in cells.items():
+        lines.append(f'| {variant} | {kernel} | ' + ' | '.join(row.get(c[1:], '–') for c in columns) + ' |')
     return '\n'.join(lines)
 
 
@@ -327,7 +330,7 @@ def roofline(dtype_name: str, rows: List[Dict[str, object]]) -> List[Dict[str, o
         steps = shape.batch * shape.channels * shape.height * shape.width * shape.directions
         variant = f'time-{dtype_name}' if label.startswith('channel') else f'sequence-{dtype_name}'
         if shape.directions > 1:
-            variant = f'map-{dtype_name}' if shape.states == 16 else f'states-{shape.states}'
+            variant = f'map-{dtype_name}' if shape.states == 16 else f'states-{shape.states}-{dtype_name}'
         for gpu in GPUS:
             rate = gpu.processors * gpu.clock
             for kernel in ('scan_forward', 'scan_backward'):
@@ -359,6 +362,8 @@ def main(argv=None) -> int:
     parser.add_argument('--dtype', default='bf16', choices=list(DTYPES), help='of the roofline table (default: bf16)')
     parser.add_argument('--json', type=Path, help='write everything here too')
     parser.add_argument('--table', action='store_true', help='also print the machine code as a Markdown table')
+    parser.add_argument('--beside', type=Path, nargs='+', default=[], metavar='FILE',
+                        help='what --json wrote with other Tritons: more columns of the table')
     args = parser.parse_args(argv)
     if scan.interpreting():
         parser.error('TRITON_INTERPRET is set: kernels cannot be compiled')
@@ -368,16 +373,16 @@ def main(argv=None) -> int:
         os.environ['TRITON_CACHE_DIR'] = folder.name
     print(f'Triton {triton.__version__}', flush=True)
     rows = []
-    for name, launch in distinct(variants()):
-        if args.variants and not name.startswith(tuple(args.variants)):
-            continue
-        for target in args.targets:
-            rows.append(compile_row(name, launch, target))
-            print(_row(rows[-1]), flush=True)
+    for target in args.targets:
+        for name, launch in distinct(variants(TARGETS[target][2])):
+            if not args.variants or name.startswith(tuple(args.variants)):
+                rows.append(compile_row(name, launch, target))
+                print(_row(rows[-1]), flush=True)
     table = roofline(args.dtype, rows)
     print(roofline_table(table))
     if args.table:
-        print(machine_code_table(rows))
+        others = [row for file in args.beside for row in json.loads(file.read_text())['machine_code']]
+        print(machine_code_table(rows + others))
     failed, spills = [r for r in rows if 'error' in r], spilled(rows)
     print(f'Triton {triton.__version__}: {len(rows)} compilations, {len(failed)} failed; {len(spills)} with spills at '
           'N = 16 on sm_80 and sm_90')

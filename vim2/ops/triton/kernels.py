@@ -98,8 +98,9 @@ def _promised(pointers, offset, VECTOR: tl.constexpr, AXIS: tl.constexpr):
     """pointers + offset. VECTOR > 1: along AXIS, which lies in a thread's registers, they have unit stride within
     groups of that many, aligned to their size.
 
-    Where nothing is known of any axis, Triton 3.6 spreads the first one over the lanes. So the axes that are meant for
-    the lanes get a promise too, on which nothing is built: a thread has one element along them.
+    Triton spreads the axes over the lanes in the order of what is known of them, and 3.6 and 3.8 differ where nothing
+    is known. So the axes that are meant for the lanes get a promise too, the last one the greatest but for AXIS'. It is
+    no access that is built on these: the alignment of an access allows VECTOR along AXIS, and one along a lane's axis.
     """
     at = pointers + offset  # here: a promise of an argument would be lost when the function is inlined
     size: tl.constexpr = VECTOR * pointers.dtype.element_ty.primitive_bitwidth // 8
@@ -108,9 +109,9 @@ def _promised(pointers, offset, VECTOR: tl.constexpr, AXIS: tl.constexpr):
     elif VECTOR == 1:
         at = tl.max_contiguous(tl.multiple_of(at, (1, 1, 1, 1)), (1, 1, 2, 4))
     elif AXIS == 0:
-        at = tl.max_contiguous(tl.multiple_of(at, (size, 1, 1, 1)), (VECTOR, 1, 1, 1))
+        at = tl.max_contiguous(tl.multiple_of(at, (size, 1, 1, 1)), (8, 1, 2, 4))
     else:
-        at = tl.max_contiguous(tl.multiple_of(at, (1, size, 1, 1)), (1, VECTOR, 1, 1))
+        at = tl.max_contiguous(tl.multiple_of(at, (1, size, 1, 1)), (1, 8, 2, 4))
     return at
 
 
@@ -378,7 +379,7 @@ def scan_backward(
     k0 = pid % KS
     block = (pid // KS) % n_blocks
     c = (pid // (KS * n_blocks)) % n_chunks
-    b = (pid // (KS * n_blocks * n_chunks)).to(tl.int64)
+    b = (pid // (KS * n_blocks * n_chunks)).to(tl.uint32).to(tl.int64)  # unsigned: its upper half is no register
     group = block // blocks_per_group
     # Everything is given to all lanes of the warp, or Triton would find other layouts for what has no states and what
     # has no channels.

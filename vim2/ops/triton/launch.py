@@ -149,7 +149,7 @@ def backward_layout(states: int, wave: int, width: int, vector: int) -> Dict[str
     registers = max(min(padded, 4), padded // 8)
     lanes = padded // registers
     channels = vector if registers <= 4 and width % (vector * wave // lanes) == 0 else 1
-    return dict(NR=registers, CR=channels, NL=lanes, CL=wave // lanes, T=STEPS)
+    return dict(NR=registers, CR=channels, NL=lanes, CL=wave // lanes, T=min(STEPS, SAVE))
 
 
 def _power_of_two(n: int) -> int:
@@ -343,7 +343,7 @@ def forward(
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions)
     u, delta, B, C, z = scan.u, scan.delta, scan.B, scan.C, scan.z
     vector = min(scan.vector(B, 8), scan.vector(C, 8))
-    layout = forward_layout(scan.N, _wave(), vector, 8 if u.element_size() == 2 else 4)
+    layout = forward_layout(scan.N, _wave(), vector, min(SAVE, 8 if u.element_size() == 2 else 4))
     scan.cut(layout['BE'], plan)
     out = _writable(like)
     # An operator may not return one tensor twice: an empty one each.
