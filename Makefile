@@ -8,6 +8,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 SCAN := $(addprefix vim2/ops/cpu/,build.py scan.cpp vectors.h)
 WHEELS := manylinux_2_17_x86_64 manylinux_2_17_aarch64 macosx_11_0_arm64 win_amd64
 FLOOR := .venv-floor
+DIST := .venv-dist
 FLOOR_TESTS := $(addprefix tests/test_,ops.py ops_cpu.py ops_transforms.py layers.py models.py vmamba.py vim.py tsm2.py \
 	hub.py forecasting.py)
 JOBS ?= 2
@@ -50,10 +51,13 @@ test: lint  ## lint and all tests, OpenMMLab's included, whose mmcv is built onc
 	$(PY) -m vim2.install_openmmlab -c constraints.txt
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
-test-floor:  ## the package's tests with the lowest versions that setup.py allows, in .venv-floor
+$(FLOOR)/.installed: setup.py constraints-floor.txt $(SCAN)
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt \
 		-e '.[tools,forecast]' pytest pytest-xdist expecttest hypothesis psutil
+	@touch $@
+
+test-floor: $(FLOOR)/.installed  ## the package's tests with the lowest versions that setup.py allows, in .venv-floor
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(FLOOR_TESTS)
 
 bench: $(STAMP)  ## speed of the scan and of the models on this machine, as JSON
@@ -64,10 +68,12 @@ wheels: $(STAMP)  ## a wheel for each of Linux x86-64 and aarch64, macOS arm64 a
 	for platform in $(WHEELS); do \
 		VIM2_PLATFORM=$$platform $(PY) -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; done
 
-dist: $(DEV_STAMP)  ## source distribution and this machine's wheel, checked by twine, in dist/
-	$(PY) -m pip install --quiet --disable-pip-version-check build twine
-	$(PY) -m build --outdir dist .
-	$(PY) -m twine check --strict dist/*
+dist:  ## source distribution and this machine's wheel, checked by twine, in dist/
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(DIST)/bin/python -m build --outdir dist .
+	$(DIST)/bin/python -m twine check --strict dist/*
 
 soak: $(DEV_STAMP)  ## training, evaluation and prediction in turn for ten minutes: memory and speed stay flat
 	$(PY) tests/soak.py
@@ -76,5 +82,5 @@ sanitize: $(DEV_STAMP)  ## the tests of the scan with its C++ library under Addr
 	$(PY) tests/sanitized.py
 
 clean:  ## remove .venv and everything that was generated
-	rm -rf $(VENV) $(FLOOR) build dist site *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) $(FLOOR) $(DIST) build dist site *.egg-info vim2/ops/cpu/scan_* .pytest_cache .ruff_cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

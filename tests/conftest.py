@@ -67,7 +67,7 @@ def write_npz(path: Path, files, labels, classes=CLASSES, override=None) -> Path
     arrays = dict(
         data=np.frombuffer(b''.join(files), np.uint8), offsets=np.cumsum([0, *map(len, files)]).astype(np.int64),
         labels=np.asarray(labels, np.uint8), classes=np.array(classes),
-        names=np.array([f'{CLASSES[y]}/{i:04d}.jpg' for i, y in enumerate(labels)]))
+        names=np.array([f'{classes[y]}/{i:04d}.jpg' for i, y in enumerate(labels)]))
     arrays.update(override or {})
     np.savez_compressed(path, **{k: v for k, v in arrays.items() if v is not None})
     return path

@@ -23,6 +23,9 @@ PAGES = sorted(str(p.relative_to(ROOT)) for p in (
 # Python blocks that need what is not here, and the test that does the same with a stand-in
 ELSEWHERE = {
     ('docs/conversion.md', 0): 'test_convert_vmamba.py::test_peer_through_pretrained',
+    ('docs/ecosystem.md', 0): 'test_ecosystem.py::test_transformers',
+    ('docs/ecosystem.md', 1): 'test_ecosystem.py::test_peft',
+    ('docs/ecosystem.md', 2): 'test_ecosystem.py::test_segmentation_models_pytorch',
     ('docs/export.md', 0): 'test_export.py::test_onnx_in_a_process_without_vim2',
     ('docs/export.md', 1): 'test_export.py::test_program',
     ('docs/forecasting.md', 0): 'test_forecasting.py',

@@ -206,6 +206,29 @@ def test_benchmark(onnx_file):
     assert list(times) == ['PyTorch', str(path)] and min(times.values()) > 0
 
 
+def test_accuracies(onnx_file, tmp_path):
+    """The model's, and each file's own."""
+    tool = importlib.import_module('export')
+    rng = np.random.default_rng(0)
+    labels = np.arange(11) % 5
+    write_npz(tmp_path / 'test.npz', [jpeg(colored_image(y, rng, (40, 48))) for y in labels], labels, tuple('abcde'))
+    quantize_linears(onnx_file[0], tmp_path / 'int8.onnx')
+    model = vision()
+    model.pretrained_cfg = dict(input_size=(3, 48, 40), crop_pct=1.)
+    args = tool.get_parser().parse_args(['vision', '--dataset', 'npz', '--data-dir', str(tmp_path), '--split', 'test'])
+    dataset = tool.open_dataset(model, args)
+    with torch.no_grad():
+        model.head.fc.bias[0] += 100.  # one class whatever comes, which the files do not know
+        images = torch.cat([x for x, _ in tool.data.eval_loader(
+            dataset, tool.common.data_config(args, model), batch_size=11, device=torch.device('cpu'), workers=0)])
+    files = [onnx_file[0], tmp_path / 'int8.onnx']
+    got = tool.accuracies(model, files, dataset, args)
+    assert list(got) == ['PyTorch', *map(str, files)] and got['PyTorch'] == pytest.approx(100 * 3 / 11)
+    for file in files:
+        logits, = onnxruntime.InferenceSession(file).run(None, {'image': images.numpy()})
+        assert got[str(file)] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+
+
 def test_tool_exports_forecasters(tool, tmp_path):
     result = tool('export', 'tsm2.ETTh1-96', '--format', 'torch', '--output', tmp_path / 'ett.pt2')
     assert result.code == 0, result.err
@@ -218,6 +241,8 @@ def test_tool_exports_forecasters(tool, tmp_path):
     (('tsm2.ETTh1-96', '--num-classes', '3'), 'are for names of timm'),
     (('test_vim2', '--random-weights', '--output', 'no/folder/x.onnx'), 'there is no folder'),
     (('test_vim2', '--format', 'torch', '--int8', 'x.onnx'), '--int8 is for --format onnx, not torch'),
+    (('test_vim2', '--format', 'torch', '--data-dir', 'x'), '--data-dir is for --format onnx, not torch'),
+    (('tsm2.ETTh1-96', '--data-dir', 'x'), 'a data set of images, and tsm2.ETTh1-96 reads none'),
     (('test_vim2', '--random-weights', '--img-size', '16'), '16x16 pixels cannot stand for all sizes'),
 ])
 def test_tool_errors(args, message, tool):

@@ -5,10 +5,12 @@
     python tools/export.py local-dir:output/train/RUN/model --output model.onnx
     python tools/export.py tsm2.ETTh1-96 --format portable
     python tools/export.py vim2_tiny --checkpoint RUN/best.pth.tar --img-size 256 192 --static
+    python tools/export.py vim2_nano_patch2_32.cifar10 --int8 int8.onnx --benchmark --dataset npz --data-dir DIR
 
 The file is checked against the model before it appears: three sizes of a photograph, or of windows of random numbers.
 """
 import argparse
+import contextlib
 import os
 import time
 import warnings
@@ -18,7 +20,10 @@ import torch
 from PIL import Image
 
 import _common as common
+import _data as data
+import _datasets as datasets
 from _common import UserError
+from validate import evaluate
 
 PHOTO = Path(__file__).with_name('assets') / 'chelsea.jpg'
 SUFFIX = {'onnx': '.onnx', 'torch': '.pt2', 'portable': '.pt2', 'torchscript': '.pt'}
@@ -49,10 +54,12 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--opset', type=int, default=18, metavar='N', help="version of ONNX's operators")
     g.add_argument('--tolerance', type=float, default=1e-4, metavar='X',
                    help='largest error, relative to the largest output or to 1, whichever is larger')
-    g.add_argument('--int8', metavar='FILE', help='write the ONNX file once more, its Linears in int8; its accuracy is '
-                   'for you to measure')
+    g.add_argument('--int8', metavar='FILE', help='write the ONNX file once more, its Linears in int8; --data-dir '
+                   'measures what that costs')
     g.add_argument('--benchmark', nargs='*', metavar='OTHER.onnx',
                    help='time one sample: the model, the ONNX file, its int8 file, and other ONNX files, in turns')
+    g = parser.add_argument_group('accuracy', 'With --data-dir: of the model, the ONNX file and its int8 file.')
+    datasets.add_dataset_arguments(g, train=False)
     parser.add_argument('--json', action='store_true', help='print the result as JSON')
     return parser
 
@@ -123,6 +130,30 @@ def benchmark(model: torch.nn.Module, files: list, size, rounds: int = 9) -> dic
     return {name: float(np.median(values[1:])) for name, values in times.items()}
 
 
+def open_dataset(model: torch.nn.Module, args: argparse.Namespace):
+    """The images of --data-dir, their classes numbered as the model's are."""
+    if not hasattr(model, 'pretrained_cfg'):
+        raise UserError(f'--data-dir is a data set of images, and {args.model} reads none')
+    dataset = datasets.open_dataset(
+        args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
+        cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
+        num_samples=args.num_samples)
+    datasets.match_classes(dataset, model.num_classes, f'{args.data_dir} ({args.split})', common.class_names(model),
+                           of=args.checkpoint or args.model, asked=args.num_classes is not None)
+    return dataset
+
+
+def accuracies(model: torch.nn.Module, files: list, dataset, args: argparse.Namespace) -> dict:
+    """Top-1 in per cent: of the model, and of ONNX files."""
+    from vim2.export import OnnxModel
+    device = torch.device('cpu')
+    loader = data.eval_loader(dataset, common.data_config(args, model), batch_size=1 if args.static else 64,
+                              device=device, workers=0)
+    runs = {'PyTorch': model, **{str(file): OnnxModel(file) for file in files}}
+    return {name: evaluate(run, loader, device, contextlib.nullcontext, desc=name)['top1']
+            for name, run in runs.items()}
+
+
 def main() -> None:
     args = get_parser().parse_args()
     common.at_least(args, 1, 'num_classes')
@@ -130,14 +161,14 @@ def main() -> None:
     output = args.output or Path(args.model.rstrip('/')).name.replace(':', '_') + SUFFIX[args.format]
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f'{output}: there is no folder {Path(output).absolute().parent}')
-    if args.int8 and args.format != 'onnx':
-        raise UserError(f'--int8 is for --format onnx, not {args.format}')
-    if args.benchmark is not None and args.format != 'onnx':
-        raise UserError(f'--benchmark is for --format onnx, not {args.format}')
+    for option in ('int8', 'benchmark', 'data_dir'):
+        if getattr(args, option) is not None and args.format != 'onnx':
+            raise UserError(f'--{option.replace("_", "-")} is for --format onnx, not {args.format}')
     model = load(args)
     from vim2.export import export, quantize_linears
     from vim2.models import TSM2
     inputs = None
+    dataset = None if args.data_dir is None else open_dataset(model, args)
     if not isinstance(model, TSM2) and getattr(model, 'in_chans', 3) == 3:
         inputs = photographs(model, args.static, size)
     try:
@@ -148,12 +179,13 @@ def main() -> None:
             linears = quantize_linears(output, args.int8) if args.int8 else 0
     except (ValueError, RuntimeError, ModuleNotFoundError) as e:
         raise UserError(common.one_line(e)) from e
-    milliseconds = {}
-    if args.benchmark is not None:
-        milliseconds = benchmark(model, [output, *([args.int8] if args.int8 else []), *args.benchmark], size)
+    files = [output, *([args.int8] if args.int8 else [])]
+    milliseconds = {} if args.benchmark is None else benchmark(model, [*files, *args.benchmark], size)
+    top1 = {} if dataset is None else accuracies(model, files, dataset, args)
     if args.json:
         common.print_json(dict(model=args.model, format=args.format, path=str(done.path), bytes=done.bytes,
-                               inputs=done.inputs, outputs=done.outputs, milliseconds=milliseconds,
+                               inputs=done.inputs, outputs=done.outputs, milliseconds=milliseconds, top1=top1,
+                               int8_bytes=Path(args.int8).stat().st_size if args.int8 else None,
                                checks=[dict(shape=list(shape), error=error) for shape, error in done.checks]))
         return
     print(f'{done.path}: {done.bytes / 1e6:.1f} MB, {", ".join(done.inputs)} -> {", ".join(done.outputs)}')
@@ -161,8 +193,13 @@ def main() -> None:
         print(f'  checked at {"x".join(map(str, shape))}: relative error {error:.1e}')
     if args.int8:
         print(f'{args.int8}: {Path(args.int8).stat().st_size / 1e6:.1f} MB, {linears} Linears in int8, not checked')
-    for name, value in milliseconds.items():
-        print(f'{name}: {value:.1f} ms, {value / milliseconds["PyTorch"]:.2f}x')
+    for name in dict.fromkeys([*milliseconds, *top1]):
+        numbers = []
+        if name in milliseconds:
+            numbers.append(f'{milliseconds[name]:.1f} ms, {milliseconds[name] / milliseconds["PyTorch"]:.2f}x')
+        if name in top1:
+            numbers.append(f'top-1 {top1[name]:.2f} %')
+        print(f'{name}: {", ".join(numbers)}')
 
 
 if __name__ == '__main__':

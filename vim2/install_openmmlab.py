@@ -238,7 +238,7 @@ def default_jobs() -> int:
     try:
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
     except (ValueError, OSError, AttributeError):
-        memory = 4e9
+        memory = 4 * 10**9
     return max(1, min(cores, int(memory / 2e9)))
 
 
@@ -368,7 +368,9 @@ def build(args: argparse.Namespace, cache: Path, device: str) -> Path:
         except OSError:  # another process was as fast
             if cached_wheel(folder) is None:
                 raise
-        return cached_wheel(folder)
+        kept = cached_wheel(folder)
+        assert kept is not None, f'{folder} holds no wheel'
+        return kept
 
 
 # -------------------------------------------------------------------------------------------------------------- main

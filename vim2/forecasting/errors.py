@@ -22,7 +22,7 @@ def _option(match: re.Match) -> str:
     return f'--{name} {value}' if re.fullmatch(r'[\w./+-]+', value) else f"--{name} '{value}'"
 
 
-class _Hinted:
+class _Hinted(Exception):
     """A message that names arguments as `⟨name⟩` or `⟨name=value⟩`: for Python, and for a command line."""
 
     def __init__(self, message: str):

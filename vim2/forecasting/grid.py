@@ -83,7 +83,7 @@ def frequency(index: pd.DatetimeIndex) -> Optional[str]:
     whole = _infer(index)
     if whole is not None or len(index) < 3:
         return whole
-    candidates: List[str] = []
+    candidates: List[Optional[str]] = []
     for n in (512, 128, 32, 12, 6, 4, 3):
         for part in (index[-n:], index[:n]):
             candidates.append(_infer(pd.DatetimeIndex(part.to_numpy() if part.tz is None else part)))

@@ -48,13 +48,13 @@ class Intervals:
         """From the errors of a model on windows of some parts, evenly spread, as many of each, at most `limit`."""
         model.eval()
         limit = min(limit, *map(len, parts))
-        errors = []
-        for windows in parts:
-            for index in windows.batches(batch_size, limit):
-                inputs, y = windows.take(index)
+        batches = []
+        for part in parts:
+            for index in part.batches(batch_size, limit):
+                inputs, y = part.take(index)
                 forecast = model(**{k: v.to(device) for k, v in inputs.items()}).float().cpu()
-                errors.append((y - forecast) / spread(inputs['x']))
-        errors = torch.cat(errors).double().numpy()
+                batches.append((y - forecast) / spread(inputs['x']))
+        errors = torch.cat(batches).double().numpy()
         windows = len(errors)
         if errors.shape[2] >= _SHARED_FROM:
             errors = errors.transpose(0, 2, 1).reshape(-1, errors.shape[1], 1)

@@ -493,7 +493,7 @@ def _hint(value) -> str:
     if re.fullmatch(r'[+-]?\d{1,3}(\.\d{3})*,\d+', text) or re.fullmatch(r'[+-]?\d+,\d+', text):
         return ': ⟨decimal=,⟩ reads a decimal comma, ⟨thousands=,⟩ one of thousands'
     if re.fullmatch(r'[+-]?\d{1,3}([, \'.]\d{3})+([.,]\d+)?', text):
-        return f': ⟨thousands={re.search(r"[^0-9+-]", text)[0]}⟩ reads a mark of thousands'
+        return f': ⟨thousands={text.lstrip("+-0123456789")[0]}⟩ reads a mark of thousands'
     if isinstance(value, str):
         return ': ⟨na⟩ names texts that stand for a missing value, ⟨target⟩ the columns to forecast'
     return ''

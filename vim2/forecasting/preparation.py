@@ -103,7 +103,7 @@ def prepare(frame, horizon: int, lookback: Optional[int] = None, *, columns: Opt
             what = ', '.join(map(repr, names if panel.columns.id else panel.columns.target))
             raise SeriesError(f'{what}: no value in the training part')
         log.info('%d series are too short to be split and are left out: %s', len(names), ', '.join(names[:8]))
-        panel = panel.select([i for i, u in zip(panel.ids, unseen) if not u])
+        panel = panel.select([panel.ids[k] for k in np.flatnonzero(~unseen)])
         scaler, parts = scaler.rows(~unseen), {n: p[~unseen] for n, p in parts.items()}
     rows = int(np.median(parts['train'][:, 1] - parts['train'][:, 0]))
     lookback = lookback or default_lookback(rows, horizon, season)
@@ -122,13 +122,13 @@ def prepare(frame, horizon: int, lookback: Optional[int] = None, *, columns: Opt
 @torch.inference_mode()
 def _center(windows: Windows) -> str:
     """'last' if the last value is a better forecast than the mean of the look-back, on the training part."""
-    mse = {}
+    mse: Dict[str, float] = {}
     for index in windows.batches(256, 2000):
         inputs, y = windows.take(index)
         x = inputs['x']
         for name, forecast in (('last', x[:, -1:]), ('mean', x.mean(1, keepdim=True))):
             mse[name] = mse.get(name, 0.) + (forecast - y).square().sum().item()
-    return min(mse, key=mse.get)
+    return min(mse, key=lambda name: mse[name])
 
 
 def create_model(options: Dict[str, Any], seed: int) -> TSM2:

@@ -4,8 +4,7 @@ There a model is a file `models/NAME.py` with a class `Model(configs)`; `models/
 
     from vim2.forecasting.time_series_library import Model
 """
-from types import SimpleNamespace
-from typing import Optional, Union
+from typing import Any, Optional
 
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ class Model(nn.Module):
                   center='center', dropout='drop_rate', head_dropout='head_drop_rate')
     _TASKS = ('long_term_forecast', 'short_term_forecast')
 
-    def __init__(self, configs: Union[SimpleNamespace, object]):
+    def __init__(self, configs: Any):
         super().__init__()
         task = getattr(configs, 'task_name', self._TASKS[0])
         if task not in self._TASKS:

@@ -2,7 +2,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -112,7 +112,7 @@ class Trainer:
             self.optimizer, [LinearLR(self.optimizer, 1 / (warmup + 1), total_iters=warmup), after], [warmup])
         self.updates = 0
         self.epoch = 0
-        self.history = []  # one dict per epoch
+        self.history: List[Dict[str, Any]] = []  # one an epoch
         self.best: Optional[Dict[str, torch.Tensor]] = None
         self.best_loss, self.best_epoch = math.inf, -1
         self.seconds = 0.

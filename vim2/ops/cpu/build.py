@@ -44,7 +44,7 @@ def this_platform() -> Optional[str]:
 
 def libraries(target: Optional[str]) -> Dict[str, str]:
     """The libraries' file names for a platform, and the instruction set of each."""
-    _, suffix, processors = PLATFORMS[target] if target else (None, '.so', {'baseline': None})
+    _, suffix, processors = PLATFORMS[target] if target else ('', '.so', {'baseline': None})
     return {f'scan_{isa}{suffix}': isa for isa in processors}
 
 
@@ -54,11 +54,11 @@ def compile_library(isa: str, output: Path, target: Optional[str], source: Path 
     Raises:
         SystemExit: there is no compiler, or it failed.
     """
-    triple, _, processors = PLATFORMS[target] if target else (None, None, {'baseline': None})
+    triple, _, processors = PLATFORMS[target] if target else ('', '.so', {'baseline': None})
     processor = processors[isa]
     if os.environ.get('CXX'):
         if target != this_platform():
-            raise SystemExit('CXX compiles for this machine alone: unset it to build for ' + target)
+            raise SystemExit(f'CXX compiles for this machine alone: unset it to build for {target}')
         march = [f"-march={processor.replace('_', '-')}"] if processor and processor.startswith('x86') else []
         command = shlex.split(os.environ['CXX']) + march
     elif importlib.util.find_spec('ziglang') and target:
