@@ -50,7 +50,7 @@ EXTRAS = {
     'ecosystem': ['accelerate>=1.0', 'peft>=0.15', 'pytorch-lightning>=2.4', 'segmentation-models-pytorch>=0.5',
                   'transformers>=4.50'],
     # vim2.forecasting; tools/forecast.py needs `tools` as well
-    'forecast': ['pandas>=2.0'],
+    'forecast': ['pandas>=2.2'],
 }
 EXTRAS['dev'] = EXTRAS['tools'] + EXTRAS['forecast'] + EXTRAS['export'] + EXTRAS['ecosystem'] + [
     'darts>=0.48', 'neuralforecast>=3.3', 'pyarrow>=15.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
