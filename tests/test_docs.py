@@ -28,6 +28,7 @@ ELSEWHERE = {
     ('docs/ecosystem.md', 2): 'test_ecosystem.py::test_segmentation_models_pytorch',
     ('docs/export.md', 0): 'test_export.py::test_onnx_in_a_process_without_vim2',
     ('docs/export.md', 1): 'test_export.py::test_program',
+    ('docs/export.md', 2): 'test_export.py::test_compiled_by_aotinductor',
     ('docs/forecasting.md', 0): 'test_forecasting.py',
     ('docs/forecasting.md', 2): 'test_forecasting_adapters.py',
     ('docs/hub.md', 0): 'test_hub.py',

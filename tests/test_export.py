@@ -1,6 +1,7 @@
 """Files of models: they hold what the model computes, at other sizes too, and run without vim2 where they say so."""
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from conftest import colored_image, jpeg, tool_environment, write_npz
 from safetensors.torch import save_file
 
 from vim2.export import check_shapes, example_inputs, export, quantize_linears
+from vim2.layers import SelectiveTokenMixer
 from vim2.models import TSM2, VisionMambaMixer
 from vim2.ops.loop import scan_loop
 
@@ -148,6 +150,22 @@ def test_program(format, without_vim2, kwargs, tmp_path):
         'torch.save(model(*torch.load("inputs.pt")), "out.pt")', done.path, cwd=tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / 'out.pt').detach(), model(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_by_aotinductor(tmp_path):
+    """A program of the kernel's, compiled, in a process that has only imported vim2."""
+    if not (shutil.which('g++') or shutil.which('clang++')):
+        pytest.skip('AOTInductor needs a C++ compiler')
+    torch.manual_seed(0)
+    mixer = SelectiveTokenMixer(8).eval()
+    x = torch.randn(2, 5, 4, 8)
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(torch.export.export(mixer, (x,)), package_path=f'{tmp_path}/mixer.pt2')
+        torch.save(x, tmp_path / 'x.pt')
+        run('import sys, torch, vim2.ops\n'
+            'run = torch._inductor.aoti_load_package("mixer.pt2")\n'
+            'torch.save(run(torch.load("x.pt")), "out.pt")', cwd=tmp_path)
+        torch.testing.assert_close(torch.load(tmp_path / 'out.pt'), mixer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_that_is_wrong_does_not_appear(tmp_path, monkeypatch):
