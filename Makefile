@@ -54,7 +54,7 @@ test: lint  ## lint and all tests, OpenMMLab's included, whose mmcv is built onc
 $(FLOOR)/.installed: setup.py constraints-floor.txt $(SCAN)
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt \
-		-e '.[tools,forecast]' pytest pytest-xdist expecttest hypothesis psutil
+		-e '.[tools,forecast]' pytest pytest-xdist expecttest hypothesis psutil ziglang
 	@touch $@
 
 test-floor: $(FLOOR)/.installed  ## the package's tests with the lowest versions that setup.py allows, in .venv-floor
