@@ -39,6 +39,13 @@ def test_the_standard_is_left_to_pytorch():
     assert re.search(r"'c\+\+(17|20|23)'", source)  # BuildExtension sets one where a source asks for none
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        tool_module.get_parser().parse_args(['--help'])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and 'python -m vim2.install_openmmlab' in out and '--jobs N' in out
+
+
 @pytest.fixture
 def args(tmp_path):
     return tool_module.get_parser().parse_args(['--cache', str(tmp_path / 'cache'), '--device', 'cpu'])
