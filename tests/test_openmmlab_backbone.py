@@ -534,7 +534,8 @@ def exercise(cfg, scope):
         missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing, missing
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-        assert any(p.grad.abs().sum() > 0 for p in model.backbone.net.stem.parameters())
+        trained = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.backbone.net.stem.parameters())
+        assert trained == (cfg.backbone.get('frozen_stages', -1) < 0)
         model.eval()
         with torch.no_grad():
             results = model.test_step(data)
@@ -687,7 +688,7 @@ def test_without_mmengine(tmp_path):
 
 @pytest.mark.parametrize('name', ['mask-rcnn_vim2-micro_fpn_coco-tiny', 'vim2-micro_upernet_camvid'])
 def test_training_in_bfloat16(name):
-    cfg = load_config(name, {'model.backbone.init_cfg': None})
+    cfg = load_config(name, {'model.backbone.init_cfg': None, 'model.backbone.frozen_stages': -1})
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         torch.manual_seed(0)
         model = MODELS.build(cfg.model).train()
