@@ -63,7 +63,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def write_npz(path: Path, files, labels, classes=CLASSES, override=None) -> Path:
-    """The npz format of tools/_datasets.py, from encoded images; `override` replaces arrays, or leaves them out."""
+    """The npz format of tools/_images.py, from encoded images; `override` replaces arrays, or leaves them out."""
     arrays = dict(
         data=np.frombuffer(b''.join(files), np.uint8), offsets=np.cumsum([0, *map(len, files)]).astype(np.int64),
         labels=np.asarray(labels, np.uint8), classes=np.array(classes),

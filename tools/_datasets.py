@@ -534,3 +534,15 @@ def add_dataset_arguments(group, *, train: bool) -> None:
                            help='number of samples of a streaming data set that does not know it (wds/)')
     group.add_argument('--cache-images', action=argparse.BooleanOptionalAction, default=False,
                        help='decode all images, which must have one size, once into memory (N x H x W x 3 bytes)')
+
+
+def open_to_measure(args: argparse.Namespace, **kwargs: Any):
+    """The data set that the options of `add_dataset_arguments(train=False)` name; unreadable images are errors.
+
+    Args:
+        kwargs: further arguments of `open_dataset`.
+    """
+    return open_dataset(
+        args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
+        cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
+        num_samples=args.num_samples, **kwargs)

@@ -134,10 +134,7 @@ def open_dataset(model: torch.nn.Module, args: argparse.Namespace):
     """The images of --data-dir, their classes numbered as the model's are."""
     if not hasattr(model, 'pretrained_cfg'):
         raise UserError(f'--data-dir is a data set of images, and {args.model} reads none')
-    dataset = datasets.open_dataset(
-        args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
-        cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
-        num_samples=args.num_samples)
+    dataset = datasets.open_to_measure(args)
     datasets.match_classes(dataset, model.num_classes, f'{args.data_dir} ({args.split})', common.class_names(model),
                            of=args.checkpoint or args.model, asked=args.num_classes is not None)
     return dataset

@@ -128,10 +128,7 @@ def open_data(args: argparse.Namespace, source: Source):
     if source.task != 'image-classification':
         raise UserError(f'{args.checkpoint} is no image classifier, so tools/validate.py cannot measure it: leave out '
                         '--data-dir and --dataset')
-    dataset = datasets.open_dataset(
-        args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
-        cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
-        num_samples=args.num_samples, batch_size=args.batch_size)
+    dataset = datasets.open_to_measure(args, batch_size=args.batch_size)
     datasets.match_classes(dataset, source.model.num_classes, f'{args.data_dir or args.dataset} ({args.split})',
                            source.label_names, of=args.checkpoint)
     names = datasets.class_names(dataset)

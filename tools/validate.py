@@ -94,10 +94,7 @@ def main() -> None:
     common.at_least(args, 0, 'workers')
     device = common.check_device(args.device or common.default_device())
     common.image_size(args.img_size)
-    dataset = datasets.open_dataset(
-        args.dataset, args.data_dir, args.split, strict=True, class_map=args.class_map, download=args.dataset_download,
-        cache_images=args.cache_images, input_key=args.input_key, target_key=args.target_key,
-        num_samples=args.num_samples, batch_size=args.batch_size, verbose=not args.no_progress)
+    dataset = datasets.open_to_measure(args, batch_size=args.batch_size, verbose=not args.no_progress)
     model = common.trained_model(args)
     datasets.match_classes(dataset, model.num_classes, f'{args.data_dir or args.dataset} ({args.split})',
                            common.class_names(model), of=args.checkpoint or args.model,
