@@ -1,4 +1,5 @@
 """Tools that die at any of their file operations: what is there afterwards is whole, old or new, or not there."""
+import io
 import os
 import resource
 import sys
@@ -13,9 +14,11 @@ from test_convert_vmamba import OPTIONS, random_vmamba
 
 import _common as common
 import convert_vmamba
+import export
 import forecast
 import push_to_hub
 import train
+from vim2.export import FORMATS
 
 OPERATIONS = ('replace', 'rename', 'link', 'fsync', 'unlink')
 
@@ -134,6 +137,27 @@ def test_export_over_an_older_one(tmp_path):
     assert len(absent) <= 2  # between the two renames that exchange the folders
 
 
+def test_exported_files(tmp_path):
+    """tools/export.py: the file of before, or a complete one."""
+    weights, complete = tmp_path / 'weights.pth', []
+    torch.save(timm.create_model('test_vit').state_dict(), weights)
+
+    def arguments(number):
+        out = tmp_path / f'{number}.pt2'
+        out.write_bytes(b'older')
+        return ['test_vit', '--checkpoint', weights, '--static', '--format', 'torch', '--output', out]
+
+    def check(number, ended):
+        data = (tmp_path / f'{number}.pt2').read_bytes()
+        assert not ended or data != b'older'
+        if data != b'older':
+            torch.export.load(io.BytesIO(data))
+            complete.append(number)
+
+    die_everywhere(export.main, arguments, check)
+    assert complete
+
+
 SERIES = ['--lookback', 32, '--model-kwargs', 'patch_len=8', 'stride=8', 'd_model=8', 'd_state=2', '--steps', 2,
           '--batch-size', 4, '--patience', 0, '--device', 'cpu', '--horizon', 8, '--epochs', 2]
 
@@ -177,6 +201,8 @@ def test_full_disks(tmp_path, tool, series):
             ('push_to_hub', (tmp_path / 'weights.pth', '--model', 'test_vit', '--license', 'mit', '--repo', 'org/name',
                              '--dry-run', '--out', tmp_path / 'hub'), 4096),
             ('convert_vmamba', (tmp_path / 'vmamba.pth', *OPTIONS, '--out', tmp_path / 'converted'), 4096),
+            *(('export', ('test_vit', '--checkpoint', tmp_path / 'weights.pth', '--num-classes', 3, '--static',
+                          '--format', format, '--output', tmp_path / f'out.{format}'), 4096) for format in FORMATS),
             ('forecast', ('fit', series, *SERIES, '--output', tmp_path / 'forecast'), 4096)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
         try:

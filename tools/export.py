@@ -171,9 +171,13 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # PyTorch's, about its own exporters
-            done = export(model, output, args.format, dynamic=not args.static, size=size, inputs=inputs,
-                          opset=args.opset, tolerance=args.tolerance)
-            linears = quantize_linears(output, args.int8) if args.int8 else 0
+            with common.writing(output):
+                done = export(model, output, args.format, dynamic=not args.static, size=size, inputs=inputs,
+                              opset=args.opset, tolerance=args.tolerance)
+            linears = 0
+            if args.int8:
+                with common.writing(args.int8):
+                    linears = quantize_linears(output, args.int8)
     except (ValueError, RuntimeError, ModuleNotFoundError) as e:
         raise UserError(common.one_line(e)) from e
     files = [output, *([args.int8] if args.int8 else [])]

@@ -260,14 +260,14 @@ def _program(model: nn.Module, example, shapes) -> torch.export.ExportedProgram:
         return torch.export.export(model, example, dynamic_shapes=shapes)
 
 
-def _save(program: torch.export.ExportedProgram, path: str) -> None:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+def _save(save: Callable, program, path: str) -> None:
+    buffer = io.BytesIO()  # where PyTorch writes the file itself, a full disk ends the process (std::terminate)
+    save(program, buffer)
     Path(path).write_bytes(buffer.getvalue())
 
 
 def _write_program(model: nn.Module, example, shapes, path: str, opset: int) -> None:
-    _save(_program(model, example, shapes), path)
+    _save(torch.export.save, _program(model, example, shapes), path)
 
 
 def _write_portable(model: nn.Module, example, shapes, path: str, opset: int) -> None:
@@ -277,12 +277,12 @@ def _write_portable(model: nn.Module, example, shapes, path: str, opset: int) ->
     left = {str(node.target) for node in program.graph.nodes if str(node.target).startswith('vim2.')}
     if left:
         raise RuntimeError(f"the program still calls {', '.join(sorted(left))}, which only vim2 has")
-    _save(program, path)
+    _save(torch.export.save, program, path)
 
 
 def _write_torchscript(model: nn.Module, example, shapes, path: str, opset: int) -> None:
     # a trace would make constants of sizes; a script keeps all of them free, whatever `dynamic` says
-    torch.jit.script(model).save(path)
+    _save(torch.jit.save, torch.jit.script(model), path)
 
 
 def _read_onnx(path: str) -> Callable[[Tuple[Tensor, ...]], Tensor]:
