@@ -1,6 +1,8 @@
 """Files with absent or odd fields, in every tool that reads them: one line and exit code 2, or a result."""
 import copy
+import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -181,6 +183,20 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             common.run(main)
         assert stop.value.code == 2 and 'out of memory (' in (text := capsys.readouterr().err) and text.count('\n') == 1
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has /dev/full')
+@pytest.mark.parametrize('options', ['', '--json'])
+def test_an_output_that_is_full_or_closed(root, options):
+    """One line of words for the first; the second is what cron jobs do."""
+    command = f'{sys.executable} {root}/tools/predict.py {root}/tools/assets/chelsea.jpg --model ' \
+              f'vim2_nano_patch2_32.cifar10 {options}'
+    run = functools.partial(subprocess.run, shell=True, text=True, stderr=subprocess.PIPE, env=tool_environment())
+    full = run(f'{command} >/dev/full')
+    assert full.returncode == 2, full.stderr
+    assert full.stderr == 'predict.py: error: cannot write the output: No space left on device\n'
+    closed = run(f'{command} >&-')
+    assert (closed.returncode, closed.stderr) == (0, '')
 
 
 # raises what a read-only file system raises, for root too, whom permissions do not stop; but for a temporary folder,

@@ -4,6 +4,7 @@ Everything here is plain plumbing around timm; the data side is in `_data.py`.
 """
 import argparse
 import difflib
+import errno
 import json
 import math
 import os
@@ -33,6 +34,9 @@ class UserError(Exception):
 def run(main: Callable[[], Optional[int]]) -> None:
     """Run a tool's `main` and leave the process with its exit code."""
     prog = os.path.basename(sys.argv[0])
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed: `tool >&-`
+            setattr(sys, name, open(os.devnull, 'w'))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a file name need not be text
             stream.reconfigure(errors='backslashreplace')
@@ -53,9 +57,21 @@ def run(main: Callable[[], Optional[int]]) -> None:
         print(f'{prog}: interrupted', file=sys.stderr)
         code = 130
     except BrokenPipeError:  # `tool | head`: nobody is left to read
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code = 141
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if e.filename is None:
+            _drop_output()
+        print(f'{prog}: error: cannot write {e.filename or "the output"}: {e.strerror}', file=sys.stderr)
+        code = 2
     sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Leave nothing in standard output's buffer that Python would try to write once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
