@@ -28,7 +28,7 @@ def test_every_variant_is_another_model(root, name):
     recipe = common.read_recipe(root / 'tools' / 'recipes' / 'cifar10_ablation.yaml')
     model, full = (create_model(recipe['model'], num_classes=10, device='meta', **ablation.model_kwargs(n, recipe))
                    for n in (name, 'full'))
-    assert sum(p.numel() for p in full.parameters()) < 1e6
+    assert sum(p.numel() for p in full.parameters()) < 1e6 and recipe['val_interval']
     shapes, others = ({n: p.shape for n, p in m.named_parameters()} for m in (model, full))
     if name == 'no-own-value':
         assert any(n.endswith('.dt_projs_diag') for n in shapes)  # starts at zero, and is frozen there
@@ -53,6 +53,9 @@ def test_runs_are_kept_and_the_table_compares_them(npz_dir, tmp_path, tool):
     assert (tmp_path / 'out' / 'results.png').read_bytes().startswith(b'\x89PNG')
     result = tool('ablation', *arguments, '--', '--epochs', '2')
     assert result.code == 2 and 'is of another recipe or other options' in result.err
+    (tmp_path / 'recipe.yaml').write_text(RECIPE.replace('val_interval: 1', 'val_interval: 0'))
+    result = tool('ablation', *arguments)
+    assert result.code == 2 and 'nothing would be measured' in result.err
 
 
 def test_rows():
