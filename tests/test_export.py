@@ -268,16 +268,48 @@ def test_tool_errors(args, message, tool):
     assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result
 
 
-def test_validate_measures_a_file(tool, onnx_file, tmp_path):
-    """The classes that the file gives are counted, not the model's."""
+def test_validate_refuses_files(tool, onnx_file, tmp_path):
+    """None, a part of one, and one of other classes: the file's count, not the model's."""
     rng = np.random.default_rng(0)
     labels = np.arange(8) % 4
     write_npz(tmp_path / 'test.npz', [jpeg(colored_image(y, rng, (48, 40))) for y in labels], labels)
     options = ('--model', 'test_vim2', '--checkpoint', tmp_path / 'test_vim2.safetensors', '--num-classes', '4',
                '--dataset', 'npz', '--data-dir', tmp_path, '--split', 'test', '--workers', '0', '--device', 'cpu')
     save_file(timm.create_model('test_vim2', num_classes=4).state_dict(), tmp_path / 'test_vim2.safetensors')
-    result = tool('validate', *options, '--onnx', tmp_path / 'nothing.onnx')
-    assert result.code == 2 and 'nothing.onnx' in result.err and result.err.count('\n') == 1
-    result = tool('validate', *options, '--onnx', onnx_file[0], '--json')
+    (tmp_path / 'cut.onnx').write_bytes(onnx_file[0].read_bytes()[:999])
+    for file, message in ((tmp_path / 'nothing.onnx', 'nothing.onnx'), (tmp_path / 'cut.onnx', 'cut.onnx'),
+                          (onnx_file[0], 'has 4 classes (red, green, blue, …), the model has 5 outputs')):
+        result = tool('validate', *options, '--onnx', file)
+        assert result.code == 2 and message in result.err and result.err.count('\n') == 1, result.err
+
+
+def test_validate_goes_by_what_a_file_says(tool, tmp_path):
+    """Classes by name and preprocessing are the file's; fixed sizes that do not fit are one line."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(9) % 3
+    write_npz(tmp_path / 'test.npz', [jpeg(colored_image(y, rng, (32, 32))) for y in labels], labels,
+              ('red', 'green', 'blue'))
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit', num_classes=3, img_size=32).eval()
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), crop_pct=1.0,
+                                label_names=['blue', 'red', 'green'])
+    export(model, tmp_path / 'x.onnx', dynamic=False)
+    save_file(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path / 'other.safetensors')
+    options = ('--model', 'test_vit', '--checkpoint', tmp_path / 'other.safetensors', '--num-classes', 3, '--dataset',
+               'npz', '--data-dir', tmp_path, '--split', 'test', '--workers', 0, '--device', 'cpu',
+               '--onnx', tmp_path / 'x.onnx')
+    result = tool('validate', *options, '--batch-size', 1, '--json')
     assert result.code == 0, result.err
-    assert json.loads(result.out)['loss'] == pytest.approx(np.log(5), abs=0.1)  # of five classes, not of four
+    reader = importlib.import_module('_datasets').open_to_measure(
+        importlib.import_module('validate').get_parser().parse_args(list(map(str, options))))
+    x = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in reader]) / 255
+    cfg = model.pretrained_cfg
+    x = (x - torch.tensor(cfg['mean']).view(3, 1, 1)) / torch.tensor(cfg['std']).view(3, 1, 1)
+    own = torch.tensor([1, 2, 0])[torch.from_numpy(labels)]
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(x), own)
+    assert json.loads(result.out)['loss'] == pytest.approx(float(loss), abs=1e-4)
+    for more in (('--batch-size', 3), ('--batch-size', 1, '--img-size', 64)):
+        result = tool('validate', *options, *more)
+        assert result.code == 2 and result.err.count('\n') == 1, result.err
+        assert 'takes image of 1 x 3 x 32 x 32, not of' in result.err and '--batch-size and --img-size' in result.err

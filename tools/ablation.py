@@ -59,7 +59,7 @@ def main() -> Optional[int]:
     path = output / 'results.json'
     results = dict(recipe=common.read_recipe(args.config), options=options, runs=[])
     if results['recipe'].get('val_interval') == 0:
-        raise UserError(f'{args.config} has val_interval: 0, so nothing would be measured: leave it out, or choose more')
+        raise UserError(f'{args.config} has val_interval: 0, so nothing would be measured: leave it out')
     if path.exists():
         before = common.read_json(path)
         if any(before.get(k) != results[k] for k in ('recipe', 'options')):

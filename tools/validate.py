@@ -7,7 +7,7 @@
 """
 import argparse
 import time
-from typing import Callable, Dict
+from typing import Callable, Dict, Sequence
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,30 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_onnx(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The file of --onnx. What it does not say of its classes and of how images are prepared is the model's."""
+    from vim2.export import OnnxModel
+    if args.torchcompile or args.amp or device.type != 'cpu':
+        raise UserError('--onnx runs in ONNX Runtime on the CPU, without --torchcompile and --amp: pass --device cpu')
+    try:
+        file = OnnxModel(args.onnx)
+    except Exception as e:  # ONNX Runtime's errors have no class in common
+        raise UserError(f'{args.onnx}: {common.one_line(e)}') from None
+    file.pretrained_cfg = {**model.pretrained_cfg, **file.pretrained_cfg}
+    if file.num_classes is None:
+        file.num_classes = model.num_classes
+    return file
+
+
+def check_batches(file: torch.nn.Module, count: int, batch_size: int, size: Sequence[int]) -> None:
+    """Refuse batches that an ONNX file of fixed sizes does not take, before the first is made."""
+    try:
+        for batch in {min(batch_size, count), count % batch_size or batch_size}:
+            file.check_inputs((batch, *size))
+    except ValueError as e:
+        raise UserError(f'{e}: see --batch-size and --img-size') from None
+
+
 def main() -> None:
     args = get_parser().parse_args()
     common.at_least(args, 1, 'batch_size', 'num_classes')
@@ -96,23 +120,19 @@ def main() -> None:
     common.image_size(args.img_size)
     dataset = datasets.open_to_measure(args, batch_size=args.batch_size, verbose=not args.no_progress)
     model = common.trained_model(args)
+    parameters = common.count_parameters(model)
+    source = args.onnx or args.checkpoint
+    if args.onnx:
+        model = open_onnx(args, model, device)
     datasets.match_classes(dataset, model.num_classes, f'{args.data_dir or args.dataset} ({args.split})',
-                           common.class_names(model), of=args.checkpoint or args.model,
-                           asked=args.num_classes is not None)
+                           common.class_names(model), of=source or args.model, asked=args.num_classes is not None)
     config = common.data_config(args, model)
+    if args.onnx:
+        count = args.batch_size if datasets.is_streaming(dataset) else len(dataset)
+        check_batches(model, count, args.batch_size, config['input_size'])
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=memory_format)
-    parameters = common.count_parameters(model)
     loader = data.eval_loader(dataset, config, batch_size=args.batch_size, device=device, workers=args.workers)
-    if args.onnx:
-        from vim2.export import OnnxModel
-        if args.torchcompile or args.amp or device.type != 'cpu':
-            raise UserError('--onnx runs in ONNX Runtime on the CPU, without --torchcompile and --amp: pass '
-                            '--device cpu')
-        try:
-            model = OnnxModel(args.onnx)
-        except Exception as e:  # ONNX Runtime's errors have no class in common
-            raise UserError(f'{args.onnx}: {common.one_line(e)}') from None
     run = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
     autocast = common.autocast(device, args.amp, args.amp_dtype)
     result = evaluate(run, loader, device, autocast, memory_format=memory_format, progress=not args.no_progress)
@@ -123,7 +143,6 @@ def main() -> None:
     if args.json:
         common.print_json(report)
         return
-    source = args.onnx or args.checkpoint
     print(f'{args.model}' + (f' ({source})' if source else '') +
           f': {parameters / 1e6:.2f} M parameters, {height}x{width} px, {report["precision"]} on {device}')
     print(f'top-1 {result["top1"]:.2f} %   top-5 {result["top5"]:.2f} %   loss {result["loss"]:.4f}   '

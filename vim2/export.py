@@ -111,7 +111,16 @@ def export(
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module: ONNX Runtime on the CPU, with as many threads as PyTorch has when it is made."""
+    """An ONNX file as a module: ONNX Runtime on the CPU, with as many threads as PyTorch has when it is made.
+
+    Attributes:
+        pretrained_cfg: how images are prepared and what the classes are called, as `export` writes it; or empty.
+        num_classes: width of the output, or None where the file leaves it free.
+
+    Raises:
+        ModuleNotFoundError: ONNX Runtime is missing.
+        ValueError: the file's `pretrained_cfg` is no JSON object. ONNX Runtime's own errors have no class in common.
+    """
 
     def __init__(self, path: Union[str, os.PathLike]):
         super().__init__()
@@ -119,10 +128,24 @@ class OnnxModel(nn.Module):
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])
+        self.path = os.fspath(path)
+        self.session = onnxruntime.InferenceSession(self.path, options, providers=['CPUExecutionProvider'])
+        self.pretrained_cfg = json.loads(self.session.get_modelmeta().custom_metadata_map.get('pretrained_cfg', '{}'))
+        if not isinstance(self.pretrained_cfg, dict):
+            raise ValueError(f'its pretrained_cfg is no JSON object: {self.pretrained_cfg!r:.80}')
+        width = (self.session.get_outputs()[0].shape or [None])[-1]
+        self.num_classes = width if isinstance(width, int) else None
+
+    def check_inputs(self, *shapes: Sequence[int]) -> None:
+        """Raise a ValueError if the file, whose sizes may be fixed, does not take inputs of these shapes."""
+        for i, shape in zip(self.session.get_inputs(), shapes):
+            if len(i.shape) != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(i.shape, shape)):
+                raise ValueError(f"{self.path} takes {i.name} of {' x '.join(map(str, i.shape))}, not of "
+                                 f"{' x '.join(map(str, shape))}")
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Tensors in the file's order, none of them absent; its first output."""
+        self.check_inputs(*[t.shape for t in inputs])
         names = [i.name for i in self.session.get_inputs()]
         return torch.from_numpy(self.session.run(None, {n: t.cpu().numpy() for n, t in zip(names, inputs)})[0])
 
