@@ -21,11 +21,12 @@ onnxruntime = pytest.importorskip('onnxruntime', reason='ONNX needs onnx, onnxsc
 NO_VIM2 = 'import sys; sys.modules["vim2"] = None\n'  # whatever imports it fails
 
 
-def vision():
+def vision(**kwargs):
     """One token mixer of four directions, one channel mixer, both kinds of down-sampling padded."""
     torch.manual_seed(0)
-    return VisionMambaMixer(num_classes=5, dims=(8, 16), token_depths=(1, 0), channel_depths=(0, 1), d_state=4,
-                            token_grid=4, channel_expand=2.).eval()
+    return VisionMambaMixer(**dict(dict(
+        num_classes=5, dims=(8, 16), token_depths=(1, 0), channel_depths=(0, 1), d_state=4, token_grid=4,
+        channel_expand=2.), **kwargs)).eval()
 
 
 def forecaster(**kwargs):
@@ -126,6 +127,16 @@ def test_torch_onnx_export_works_as_it_is(tmp_path):
     got, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=0, atol=1e-4)
+
+
+def test_pooling_with_free_sizes(tmp_path):
+    """The checks of three sizes, odd ones among them, are `export`'s own; here, that its files are of free sizes."""
+    model = vision(stem='pool', downsample='pool', patch_size=2, conv_depths=(1, 0), token_depths=0)
+    done = export(model, tmp_path / 'pooled.pt2', 'torch', size=(24, 20))
+    assert len({shape for shape, _ in done.checks}) == 3
+    x = torch.randn(4, 3, 37, 26)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(done.path).module()(x), model(x), rtol=0, atol=1e-5)
 
 
 def test_onnx_of_torchscript_names_the_way_that_works(tmp_path):

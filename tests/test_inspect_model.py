@@ -139,11 +139,12 @@ def test_receptive_field_without_mixers_is_the_patch(image):
         assert side // 2 <= field.sides[0] <= field.sides[1] <= side
 
 
-def test_the_middle_of_convolutions():
+@pytest.mark.parametrize('kind', ['conv', 'pool'])
+def test_the_middle_of_convolutions(kind):
     """What a place is computed from lies around it evenly."""
     torch.manual_seed(0)
     model = VisionMambaMixer(dims=(4, 6), token_depths=0, channel_depths=0, channel_expand=2., weighted_average=False,
-                             stem='conv', downsample='conv').eval()
+                             stem=kind, downsample=kind).eval()
     for field in inspect_model.receptive_fields(model, torch.randn(1, 3, 64, 96)):
         for axis, center in enumerate(field.center):
             seen = np.flatnonzero(field.norm.any(1 - axis))

@@ -1,5 +1,6 @@
 """Every registered model, after timm's own tests/test_models.py, and what is particular to ViM2."""
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -601,7 +602,49 @@ def test_convolutional_blocks_are_mambavisions():
         assert torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize('patch_size', [2, 4])
+def test_pooling_stem_and_downsampling(patch_size):
+    """`gelu(bn(max_pool(conv(x))))` for every halving, borders of odd sizes included, in every way of use."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_vim2', stem='pool', downsample='pool', patch_size=patch_size, num_classes=3).train()
+    x = torch.randn(2, 3, 37, 64)
+
+    def norm(y):
+        return (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+
+    def halve(y, layer):
+        y = nn.functional.conv2d(y, layer.conv.weight, padding=1)
+        y = nn.functional.pad(y, (0, y.shape[3] % 2, 0, y.shape[2] % 2), value=-math.inf)
+        return nn.functional.gelu(norm(y.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))))
+
+    y = nn.functional.gelu(norm(nn.functional.conv2d(x, model.stem.conv1.weight, padding=1)))
+    assert len(model.stem.pools) == {2: 1, 4: 2}[patch_size]
+    for layer in model.stem.pools:
+        y = halve(y, layer)
+    torch.testing.assert_close(model.stem(x), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.stages[1].downsample(y.permute(0, 2, 3, 1)), halve(y, model.stages[1].downsample).permute(0, 2, 3, 1),
+        rtol=1e-4, atol=1e-4)
+    features = model.forward_intermediates(x, intermediates_only=True)
+    assert [tuple(f.shape[2:]) for f in features] == [
+        (-(-37 // r), 64 // r) for r in (patch_size << i for i in range(4))]
+
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters()
+               if 'stem' in n or 'downsample' in n)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        torch.testing.assert_close(
+            torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
+    adapted = timm.create_model('test_vim2', stem='pool', downsample='pool', patch_size=patch_size, in_chans=1)
+    assert adapted.stem.conv1.in_channels == 1
+
+
 @pytest.mark.parametrize('kwargs,match', [
+    (dict(stem='pool', patch_size=1), 'patch size of 2 or 4, not 1'),
+    (dict(stem='pools'), "stem must be 'patch', 'conv' or 'pool', got 'pools'"), (dict(downsample='max'), 'downsample'),
     (dict(conv_depths=(1, 2)), 'conv_depths'),
     (dict(channel_mixer='conv'), 'channel_mixer'), (dict(token_depths=(1, 2)), 'token_depths'),
     (dict(channel_expand=(1, 2, 1)), 'channel_expand'), (dict(token_scans=5), 'num_scans')])

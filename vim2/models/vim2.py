@@ -19,7 +19,8 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer, TokenMlp, WeightedAverage, upgrade_state_dict
-from .hierarchy import ConvBlock, ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, Stem
+from .hierarchy import (
+    ConvBlock, ConvDownsample, ConvStem, HierarchicalBackbone, PatchMerging, PoolDownsample, PoolStem, Stem)
 from .loading import create, key_problems, published_cfgs, source_of
 from .vmamba import convert_vmamba, is_vmamba
 
@@ -131,6 +132,10 @@ def _per_stage(value: Any, num_stages: int, name: str) -> Tuple[Any, ...]:
     return value
 
 
+STEMS = {'patch': Stem, 'conv': ConvStem, 'pool': PoolStem}
+DOWNSAMPLES = {'merge': PatchMerging, 'conv': ConvDownsample, 'pool': PoolDownsample}
+
+
 class VisionMambaMixer(HierarchicalBackbone):
     """ViM2: MambaMixer for images, of any size of at least 32 x 32 pixels."""
 
@@ -169,8 +174,10 @@ class VisionMambaMixer(HierarchicalBackbone):
             num_classes: number of classes, 0 for no classifier.
             global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or '' (no pooling) before the classifier.
             patch_size: side and stride of the stem's patches, in pixels.
-            stem: 'patch' for non-overlapping patches, 'conv' for two 3 x 3 convolutions.
-            downsample: 'merge' for 2 x 2 patch merging between the stages, 'conv' for a 3 x 3 convolution.
+            stem: 'patch' for non-overlapping patches, 'conv' for two 3 x 3 convolutions, 'pool' for 3 x 3 convolutions
+                at full resolution with max pooling and batch normalisation.
+            downsample: 'merge' for 2 x 2 patch merging between the stages, 'conv' for a 3 x 3 convolution of stride 2,
+                'pool' for a 3 x 3 convolution with max pooling and batch normalisation.
             dims: width of each stage.
             token_depths, channel_depths: number of token and channel mixers in each stage; the channel mixers are
                 spread evenly between the token mixers.
@@ -197,9 +204,10 @@ class VisionMambaMixer(HierarchicalBackbone):
         num_stages = len(dims)
         for name, value, choices in (
                 ('token_mixer', token_mixer, ('s6', 'mlp')), ('channel_mixer', channel_mixer, ('s6', 'mlp')),
-                ('stem', stem, ('patch', 'conv')), ('downsample', downsample, ('merge', 'conv'))):
+                ('stem', stem, tuple(STEMS)), ('downsample', downsample, tuple(DOWNSAMPLES))):
             if value not in choices:
-                raise ValueError(f"{name} must be '{choices[0]}' or '{choices[1]}', got {value!r}")
+                names = ', '.join(f"'{c}'" for c in choices[:-1])
+                raise ValueError(f"{name} must be {names} or '{choices[-1]}', got {value!r}")
         token_depths = _per_stage(token_depths, num_stages, 'token_depths')
         conv_depths = _per_stage(conv_depths, num_stages, 'conv_depths')
         channel_depths = _per_stage(channel_depths, num_stages, 'channel_depths')
@@ -211,9 +219,7 @@ class VisionMambaMixer(HierarchicalBackbone):
         self.output_fmt = 'NCHW'
         self.feature_info = []
 
-        stem_layer = Stem if stem == 'patch' else ConvStem
-        self.stem = stem_layer(in_chans, dims[0], patch_size=patch_size, norm_layer=norm_layer, **dd)
-        downsample_layer = PatchMerging if downsample == 'merge' else ConvDownsample
+        self.stem = STEMS[stem](in_chans, dims[0], patch_size=patch_size, norm_layer=norm_layer, **dd)
 
         orders = [mixer_order(t, c) for t, c in zip(token_depths, channel_depths)]
         num_mixers = sum(len(order) for order in orders)
@@ -235,7 +241,7 @@ class VisionMambaMixer(HierarchicalBackbone):
                 channel_layer = partial(Mlp, hidden_features=int(mlp_ratio * dim))
             stages.append(VisionMambaMixerStage(
                 prev_dim, dim, [token_layer if kind == 'token' else channel_layer for kind in order],
-                downsample=downsample_layer if i > 0 else None, conv_depth=conv_depths[i],
+                downsample=DOWNSAMPLES[downsample] if i > 0 else None, conv_depth=conv_depths[i],
                 weighted_average=weighted_average, drop_path=rates[done:done + len(order)],
                 norm_layer=norm_layer, **dd))
             prev_dim, reduction, done = dim, reduction * (2 if i > 0 else 1), done + len(order)
@@ -356,8 +362,8 @@ def vim2_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
 def vim2_nano_patch2_32(pretrained: bool = False, **kwargs: Any) -> VisionMambaMixer:
     """A small ViM2 for images of 32 x 32: 16 x 16, 8 x 8 and 4 x 4 tokens, convolutions before and between them."""
     model_args = dict(
-        patch_size=2, stem='conv', downsample='conv', dims=(64, 128, 256), conv_depths=(1, 1, 0),
-        token_depths=(1, 2, 2), channel_depths=(0, 1, 1), token_expand=1., channel_expand=1., d_state=4, token_grid=4)
+        patch_size=2, stem='pool', downsample='pool', dims=(64, 192, 256), conv_depths=(1, 1, 0),
+        token_depths=(0, 1, 1), channel_depths=(0, 0, 1), token_expand=1., channel_expand=1., d_state=4, token_grid=4)
     return _create_vim2('vim2_nano_patch2_32', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
