@@ -585,8 +585,8 @@ def test_manifest_of_the_package(root):
         assert w.license and w.data and w.metric['on']
         assert w.command.startswith('python tools/') if w.pinned else w.command is None
     table = str(vim2.list_pretrained())
-    assert row_of(table, 'vim2_nano_patch2_32.cifar10') == ['3.3 MB', 'apache-2.0', entries[
-        'vim2_nano_patch2_32.cifar10'].data, 'top-1 88.60 %', 'the package']
+    assert row_of(table, 'vim2_nano_patch2_32.cifar10') == ['3.8 MB', 'apache-2.0', entries[
+        'vim2_nano_patch2_32.cifar10'].data, 'top-1 89.48 %', 'the package']
     assert row_of(table, 'vim2_micro_patch4_64.tiny_imagenet') == ['9.1 MB', 'apache-2.0', entries[
         'vim2_micro_patch4_64.tiny_imagenet'].data, 'top-1 53.63 %', 'the package']
     assert len(vim2.list_pretrained('nothing*')) == 0
