@@ -149,10 +149,10 @@ def plot(rows: List[Dict[str, Any]], path: str) -> None:
     figure = Figure(figsize=(7, 0.4 * len(rows) + 1.2), layout='constrained')
     axes = figure.subplots()
     y = range(len(rows))[::-1]
-    colors = ['tab:blue' if r['variant'] in PAPER else 'tab:gray' for r in rows]
-    axes.barh(y, [r['top1'] for r in rows], xerr=[r['deviation'] or 0 for r in rows], color=colors, capsize=3)
-    low = min(r['top1'] - (r['deviation'] or 0) for r in rows)
-    axes.set_xlim(left=max(0, low - 3))
+    for place, r in zip(y, rows):
+        color = 'tab:blue' if r['variant'] in PAPER else 'tab:gray'
+        axes.errorbar(r['top1'], place, xerr=r['deviation'] or 0, fmt='o', color=color, capsize=4)
+    axes.grid(axis='x', alpha=0.3)
     axes.set_yticks(y, [r['what'] for r in rows])
     axes.set_xlabel('top-1, %: mean and standard deviation over seeds')
     figure.savefig(path, format='png', dpi=120)
