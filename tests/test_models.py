@@ -1,6 +1,5 @@
 """Every registered model, after timm's own tests/test_models.py, and what is particular to ViM2."""
 import functools
-import math
 import re
 import subprocess
 import sys
@@ -8,20 +7,15 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from timm.data import resolve_data_config
-from timm.layers import DropPath, Mlp, set_scriptable
+from timm.layers import DropPath, set_scriptable
 from timm.models import create_feature_extractor, group_parameters
 from timm.models.swin_transformer import PatchMerging as SwinPatchMerging
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import vim2
-from vim2.layers import SelectiveChannelMixer, SelectiveTokenMixer
-from vim2.layers import upgrade_state_dict
 from vim2.models import VisionMambaMixer
-from vim2.models.vim2 import PatchMerging, mixer_order
-from vim2.models.vmamba import convert_vmamba
+from vim2.models.vim2 import PatchMerging
 
 if hasattr(torch._C, '_jit_set_profiling_executor'):
     # The legacy executor is too slow to compile large models for unit tests, and fusion would not show anything here.
@@ -33,7 +27,6 @@ IMAGENET_MODELS = ['vim2_base', 'vim2_mlp_tiny', 'vim2_small', 'vim2_tiny']
 NANO = 'vim2_nano_patch2_32'
 MICRO = 'vim2_micro_patch4_64'
 SIZE = 64  # of inputs where the size is not the point
-WITHOUT_WEIGHTS = [n for n in MODELS if n not in (MICRO, NANO)]
 
 every_model = pytest.mark.parametrize('name', MODELS)
 
@@ -500,290 +493,3 @@ def test_compile_with_inductor():
     with torch.no_grad():
         x = torch.randn(2, 3, 64, 64)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-# --- architecture ---------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('depths,order', [
-    ((2, 1), 'ttc'), ((6, 3), 'ttcttcttc'), ((3, 0), 'ttt'), ((0, 2), 'cc'), ((1, 2), 'tcc'), ((5, 2), 'tttcttc'),
-    ((0, 0), '')])
-def test_mixer_order(depths, order):
-    assert ''.join(kind[0] for kind in mixer_order(*depths)) == order
-
-
-@pytest.mark.parametrize('name,token,channel', [
-    ('vim2_tiny', (2, 2, 6, 2), (1, 1, 3, 1)), ('vim2_small', (2, 2, 18, 2), (1, 1, 9, 1)),
-    ('vim2_base', (2, 2, 18, 2), (1, 1, 9, 1)), ('vim2_mlp_tiny', (2, 2, 6, 2), (1, 1, 3, 1))])
-def test_table_8(name, token, channel):
-    model = timm.create_model(name, device='meta')
-    dims = (128, 256, 512, 1024) if name == 'vim2_base' else (96, 192, 384, 768)
-    for i, stage in enumerate(model.stages):
-        mixers = [block.mixer for block in stage.blocks]
-        tokens = [m for m in mixers if isinstance(m, SelectiveTokenMixer)]
-        channels = [m for m in mixers if isinstance(m, (SelectiveChannelMixer, Mlp))]
-        assert (len(tokens), len(channels)) == (token[i], channel[i]) and len(mixers) == token[i] + channel[i]
-        assert not any(isinstance(m, SelectiveTokenMixer) for m in mixers[2::3])
-        assert {m.inner_dim for m in tokens} == {2 * dims[i]}
-        assert len(stage.averages) == (0 if 'mlp' in name else len(mixers))
-        if 'mlp' in name:
-            assert {m.fc1.out_features for m in channels} == {4 * dims[i]}
-        else:
-            assert {m.inner_dim for m in channels} == {dims[i] * (1 if i == 3 else 2)}
-
-
-def test_stage_reads_a_weighted_average_of_everything_earlier():
-    torch.manual_seed(0)
-    stage = timm.create_model('test_vim2').stages[2]
-    with torch.no_grad():
-        for average in stage.averages:
-            average.weight.normal_()
-        x = torch.randn(2, 16, 6, 6)
-        ys = [stage.downsample(x.permute(0, 2, 3, 1))]
-        for average, block in zip(stage.averages, stage.blocks):
-            y = sum(w * y for w, y in zip(average.weight, ys))
-            ys.append(y + block.mixer(block.norm(y)))
-        torch.testing.assert_close(stage(x), ys[-1].permute(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
-    assert [len(average.weight) for average in stage.averages] == [1, 2, 3]
-
-
-def test_weighted_average_starts_as_the_plain_chain():
-    averaged = cached('test_vim2')
-    plain = timm.create_model('test_vim2', weighted_average=False).eval()
-    assert not [n for n, _ in plain.named_parameters() if 'averages' in n]
-    plain.load_state_dict({n: v for n, v in averaged.state_dict().items() if 'averages' not in n})
-    with torch.no_grad():
-        torch.testing.assert_close(plain(images(plain)), averaged(images(plain)))
-
-
-def test_without_averages_and_channel_mixers_it_is_vmamba(shared_data):
-    """Logits of VMamba's own code (vanilla blocks, its random weights), by renaming its parameters."""
-    tensors = load_file(shared_data('peers') / 'vmamba_vanilla_small.safetensors')
-    model = VisionMambaMixer(
-        num_classes=10, dims=(16, 32, 64, 128), token_depths=(1, 1, 2, 1), channel_depths=0,
-        weighted_average=False).eval()
-    weights = {n.removeprefix('state_dict.'): v for n, v in tensors.items() if n.startswith('state_dict.')}
-    conversion = convert_vmamba(weights, model)
-    assert not conversion.initialized and not conversion.unused
-    model.load_state_dict(conversion.state_dict)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tensors['input']), tensors['logits'], rtol=0, atol=1e-4)
-
-
-def test_convolutional_blocks_are_mambavisions():
-    """`x + bn(conv(gelu(bn(conv(x)))))` before a stage's mixers (arXiv 2407.08083, equation 1), in every way of use."""
-    torch.manual_seed(0)
-    model = timm.create_model('test_vim2', conv_depths=(2, 0, 1, 0), num_classes=3).train()
-    assert [len(stage.convs) for stage in model.stages] == [2, 0, 1, 0]
-    assert not any('convs' in n for n in cached('test_vim2').state_dict())
-    block, x = model.stages[0].convs[1], torch.randn(2, 5, 7, 8)
-
-    def conv_norm(y, conv):
-        y = nn.functional.conv2d(y, conv.weight, padding=1)
-        return (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
-
-    y = conv_norm(nn.functional.gelu(conv_norm(x.permute(0, 3, 1, 2), block.conv1)), block.conv2)
-    torch.testing.assert_close(block(x), x + y.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
-
-    x = torch.randn(2, 3, 64, 64)
-    model(x).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if '.convs.' in n)
-    assert {n for n in model.no_weight_decay() if '.convs.' in n} == {
-        n for n, _ in model.named_parameters() if '.convs.' in n and '.norm' in n}
-    groups = group_parameters(model, model.group_matcher(), reverse=True)
-    assert groups['stages.0.convs.0.conv1.weight'] <= groups['stages.0.blocks.0.norm.weight']
-    model.eval()
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(torch.jit.script(model)(x), expected)
-        program = torch.export.export(model, (x,)).module()
-        torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
-        other = timm.create_model('test_vim2', conv_depths=(2, 0, 1, 0), num_classes=3).eval()
-        other.load_state_dict(model.state_dict())
-        assert torch.equal(other(x), expected)
-
-
-@pytest.mark.parametrize('patch_size', [2, 4])
-def test_pooling_stem_and_downsampling(patch_size):
-    """`gelu(bn(max_pool(conv(x))))` for every halving, borders of odd sizes included, in every way of use."""
-    torch.manual_seed(0)
-    model = timm.create_model('test_vim2', stem='pool', downsample='pool', patch_size=patch_size, num_classes=3).train()
-    x = torch.randn(2, 3, 37, 64)
-
-    def norm(y):
-        return (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
-
-    def halve(y, layer):
-        y = nn.functional.conv2d(y, layer.conv.weight, padding=1)
-        y = nn.functional.pad(y, (0, y.shape[3] % 2, 0, y.shape[2] % 2), value=-math.inf)
-        return nn.functional.gelu(norm(y.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))))
-
-    y = nn.functional.gelu(norm(nn.functional.conv2d(x, model.stem.conv1.weight, padding=1)))
-    assert len(model.stem.pools) == {2: 1, 4: 2}[patch_size]
-    for layer in model.stem.pools:
-        y = halve(y, layer)
-    torch.testing.assert_close(model.stem(x), y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        model.stages[1].downsample(y.permute(0, 2, 3, 1)), halve(y, model.stages[1].downsample).permute(0, 2, 3, 1),
-        rtol=1e-4, atol=1e-4)
-    features = model.forward_intermediates(x, intermediates_only=True)
-    assert [tuple(f.shape[2:]) for f in features] == [
-        (-(-37 // r), 64 // r) for r in (patch_size << i for i in range(4))]
-
-    model(x).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters()
-               if 'stem' in n or 'downsample' in n)
-    model.eval()
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(torch.jit.script(model)(x), expected)
-        torch.testing.assert_close(
-            torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
-    adapted = timm.create_model('test_vim2', stem='pool', downsample='pool', patch_size=patch_size, in_chans=1)
-    assert adapted.stem.conv1.in_channels == 1
-
-
-@pytest.mark.parametrize('kwargs,match', [
-    (dict(stem='pool', patch_size=1), 'patch size of 2 or 4, not 1'),
-    (dict(stem='pools'), "stem must be 'patch', 'conv' or 'pool', got 'pools'"), (dict(downsample='max'), 'downsample'),
-    (dict(conv_depths=(1, 2)), 'conv_depths'),
-    (dict(channel_mixer='conv'), 'channel_mixer'), (dict(token_depths=(1, 2)), 'token_depths'),
-    (dict(channel_expand=(1, 2, 1)), 'channel_expand'), (dict(token_scans=5), 'num_scans')])
-def test_constructor_rejects(kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        timm.create_model('test_vim2', device='meta', **kwargs)
-
-
-def test_initialisation():
-    """Linears get .02; the state spaces keep Mamba's initialisation."""
-    torch.manual_seed(0)
-    model = timm.create_model('vim2_tiny')
-    mixer = model.stages[3].blocks[0].mixer
-    assert mixer.in_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert torch.equal(mixer.s6.Ds, torch.ones_like(mixer.s6.Ds))
-    dt = nn.functional.softplus(mixer.s6.dt_projs_bias)
-    assert 0.999e-3 <= dt.min() and dt.max() <= 0.1001
-    assert mixer.s6.dt_projs_weight.abs().max().item() == pytest.approx(48 ** -0.5, rel=0.01)
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('name', WITHOUT_WEIGHTS)
-@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True), dict(num_classes=5)])
-def test_pretrained_says_that_no_weights_are_published(name, kwargs):
-    with pytest.raises(RuntimeError, match='No pretrained weights are published') as error:
-        timm.create_model(name, pretrained=True, **kwargs)
-    for what in (name, 'pretrained=False', 'pretrained_cfg_overlay=dict(file=', 'checkpoint_path='):
-        assert what in str(error.value)
-
-
-@pytest.mark.parametrize('name, tag, classes, first, shown, size', [
-    (NANO, 'cifar10', 10, 'airplane', None, 32),
-    (MICRO, 'tiny_imagenet', 200, 'n01443537', 'goldfish, Carassius auratus', 64)])
-def test_bundled_weights(name, tag, classes, first, shown, size):
-    model = timm.create_model(f'{name}.{tag}', pretrained=True).eval()
-    again = timm.create_model(name, pretrained=True).eval()
-    weights = upgrade_state_dict(load_file(model.pretrained_cfg['file']))
-    for (n, a), b in zip(model.state_dict().items(), again.state_dict().values()):
-        assert torch.equal(a, b) and torch.equal(a, weights[n].to(a.dtype))
-    assert model.num_classes == classes
-    names = model.pretrained_cfg['label_names']
-    assert names[0] == first and len(names) == classes
-    assert shown is None or model.pretrained_cfg['label_descriptions'][first] == shown
-    assert resolve_data_config(model=model)['input_size'] == (3, size, size)
-    with torch.no_grad():
-        assert model(images(model)).isfinite().all()
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A file of test_vim2 with random weights, and the model that they are of."""
-    torch.manual_seed(1)
-    model = timm.create_model('test_vim2').eval()
-    path = tmp_path / 'weights.safetensors'
-    save_file(model.state_dict(), path)
-    return path, model
-
-
-def load(path, name='test_vim2', **kwargs):
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs).eval()
-
-
-def test_own_file(checkpoint):
-    path, model = checkpoint
-    x = images(model)
-    with torch.no_grad():
-        assert torch.equal(load(path)(x), model(x))
-        adapted = load(path, num_classes=5, in_chans=1)
-        assert adapted(x[:, :1]).shape == (1, 5)
-        torch.testing.assert_close(
-            adapted.stem.conv.weight, model.stem.conv.weight.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
-        assert torch.equal(adapted.stages[0].blocks[0].norm.weight, model.stages[0].blocks[0].norm.weight)
-        features = load(path, features_only=True)
-        assert all(torch.equal(a, b) for a, b in zip(
-            features(x), model.forward_intermediates(x, intermediates_only=True)))
-        assert torch.equal(load(path, num_classes=0)(x), model.forward_head(model.forward_features(x), pre_logits=True))
-        assert torch.equal(timm.create_model('test_vim2', checkpoint_path=str(path)).eval()(x), model(x))
-
-
-def test_own_file_of_other_kinds(checkpoint, tmp_path):
-    """Half precision, and a training checkpoint of timm's."""
-    path, model = checkpoint
-    save_file({n: v.half() for n, v in model.state_dict().items()}, tmp_path / 'half.safetensors')
-    half = load(tmp_path / 'half.safetensors')
-    for (n, v), loaded in zip(model.state_dict().items(), half.state_dict().values()):
-        assert loaded.dtype == torch.float32 and torch.equal(loaded, v.half().float()), n
-    torch.save({'state_dict': model.state_dict(), 'epoch': 3}, tmp_path / 'checkpoint.pth.tar')
-    trained = load(tmp_path / 'checkpoint.pth.tar')
-    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), model.state_dict().values()))
-
-
-@pytest.mark.parametrize('kind', ['truncated', 'header', 'empty', 'no safetensors'])
-@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=5), dict(features_only=True)])
-def test_corrupt_safetensors(checkpoint, kind, kwargs):
-    path, _ = checkpoint
-    data = path.read_bytes()
-    path.write_bytes({'truncated': data[:-100], 'header': data[:4] + b'\xff' * 4 + data[8:], 'empty': b'',
-                      'no safetensors': b'<!DOCTYPE html><html>' * 50}[kind])
-    with pytest.raises(RuntimeError, match='corrupt or truncated') as error:
-        load(path, **kwargs)
-    assert str(path) in str(error.value)
-
-
-def test_corrupt_pth(checkpoint, tmp_path):
-    path = tmp_path / 'checkpoint.pth'
-    torch.save(checkpoint[1].state_dict(), path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RuntimeError, match='corrupt or truncated') as error:
-        load(path)
-    assert str(path) in str(error.value)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no_such.safetensors'):
-        load(tmp_path / 'no_such.safetensors')
-
-
-@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=5), dict(features_only=True)])
-def test_checkpoint_of_another_architecture(checkpoint, tmp_path, kwargs):
-    """Also where timm loads with strict=False, because the classifier is another."""
-    path, model = checkpoint
-    weights = model.state_dict()
-    for change, expected in (
-            (lambda w: dict(timm.create_model('resnet18').state_dict()),
-             ('missing: stem.conv.weight', 'unexpected: ', 'bn1.', ' more')),
-            (lambda w: {k: v for k, v in w.items() if k != 'norm.bias'}, ('missing: norm.bias',)),
-            (lambda w: {k: v for k, v in w.items() if k != 'stem.conv.weight'}, ('missing: stem.conv.weight',)),
-            (lambda w: {**w, 'norm.scale': torch.ones(3)}, ('unexpected: norm.scale',)),
-            (lambda w: {**w, 'norm.bias': torch.ones(3)}, ('another shape: norm.bias (3,) instead of (32,)',)),
-            (lambda w: {**w, 'stem.conv.weight': torch.ones(8, 3, 2, 2)}, ('another shape: stem.conv.weight',))):
-        save_file(change(weights), path)
-        with pytest.raises(RuntimeError, match='is no checkpoint of test_vim2') as error:
-            load(path, **kwargs)
-        for what in (str(path), *expected):
-            assert what in str(error.value)
-
-
-def test_checkpoint_path_of_another_architecture(checkpoint):
-    path, _ = checkpoint
-    with pytest.raises(RuntimeError, match='Missing key'):
-        timm.create_model('test_vim2', token_depths=(2, 1, 2, 1), checkpoint_path=str(path))
