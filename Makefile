@@ -9,8 +9,8 @@ SCAN := $(addprefix vim2/ops/cpu/,build.py scan.cpp vectors.h)
 WHEELS := manylinux_2_17_x86_64 manylinux_2_17_aarch64 macosx_11_0_arm64 win_amd64
 FLOOR := .venv-floor
 DIST := .venv-dist
-FLOOR_TESTS := $(addprefix tests/test_,ops.py ops_cpu.py ops_transforms.py layers.py models.py models_architecture.py models_weights.py vmamba.py vim.py \
-	tsm2.py hub.py forecasting.py)
+FLOOR_TESTS := $(addprefix tests/test_,ops.py ops_cpu.py ops_transforms.py layers.py models.py models_architecture.py \
+	models_weights.py vmamba.py vim.py tsm2.py hub.py forecasting.py)
 JOBS ?= 2
 SCAN_ARGS ?=
 BENCH_MODELS ?= vim2_tiny swin_tiny_patch4_window7_224
